@@ -17,6 +17,7 @@ from typing import Any
 
 from trainer.checkpoint.manifest import ALIGN, DatasetEntry
 from trainer.checkpoint.run_directory import begin_run, choose_directory, run_directory, settled
+from trainer.checkpoint.tracked_metrics import mlflow_target, write_metrics
 from trainer.config.align import AlignConfig, load_align
 from trainer.config.precision import describe_precision
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
@@ -25,7 +26,6 @@ from trainer.data.format.dataset import Dataset, fingerprint
 from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.evaluation import training_summary
 from trainer.ranking.setup import fit_once, held_out_loader, split_in_time, training_loader
-from trainer.ranking.tracking import write_metrics
 from trainer.ranking.train_loop import train
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.determinism import use_deterministic_kernels
@@ -65,7 +65,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
     segments = align_model.open_segments(config, data)
     scale = content_scale(segments, split.train_until)
     rooms = Rooms.read(config.data.path) if config.data.eval_from else None
-    with run_directory(directory, world, job="align"):
+    with run_directory(directory, world, job="align", mlflow=mlflow_target(config, directory)):
         counted = align_model.count_positives(config, data, split.training, directory, world)
         dataset = DatasetEntry(path=config.data.path, fingerprint=fingerprint(config.data.path, data.spec))
         if world.rank == 0:
@@ -109,7 +109,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
         document = align_model.metrics_document(config, features, retrieval, training)
         if world.rank == 0:
             write_json(directory / "plan.json", engine.plan)
-            write_metrics(config, directory, document, state.step)
+            write_metrics(directory, document, state.step)
         checkpoints.close()
         engine.close()
     logger.info(f"\nrun: {directory}")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from trainer.checkpoint.run_directory import run_directory
+from trainer.checkpoint.tracked_metrics import mlflow_target
 from trainer.config.embed import EmbeddingJob, Kind, load_embedding
 from trainer.console.errors import UserError
 from trainer.console.job_arguments import EMBED_ARGUMENTS, parse_rank_arguments
@@ -30,6 +31,7 @@ from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.preemption import until_preempted
+from trainer.runtime.tracking import record_scalars
 from trainer.semantic_ids.follow import Follower, StopRequest
 from trainer.semantic_ids.follow_setup import follow_settings, open_codes, open_fusion, open_segments
 from trainer.semantic_ids.segment_source import Clock
@@ -67,7 +69,7 @@ def embed(config: EmbeddingJob, world: World) -> None:
     template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
     base = BaseModelFiles.open(config.model.path, config.model.tokenizer, vision=True)
     directory = local_path(config.embed.directory)
-    with run_directory(directory, world, job="embed"):
+    with run_directory(directory, world, job="embed", mlflow=mlflow_target(config, directory)):
         setup = open_encoder(config, base, template, world)
         for kind in config.data.kinds:
             texts = KindTexts.read(config.data.path, kind)
@@ -75,7 +77,8 @@ def embed(config: EmbeddingJob, world: World) -> None:
             write_missing_parts(update, template, setup.encoder, world)
             world.barrier()
             if world.rank == 0:
-                merge_parts(update, setup.encoder.dim, read_segments(config.data.path, kind))
+                counts = merge_parts(update, setup.encoder.dim, read_segments(config.data.path, kind))
+                record_scalars({f"{kind}/{name}": count for name, count in counts.items()}, 0)
             # The other ranks wait here, because planning the next kind reads the directory that rank 0 changes.
             world.barrier()
 
@@ -92,7 +95,7 @@ def follow(config: EmbeddingJob, world: World) -> None:
         raise UserError(f"--follow is one process, and there are {world.size} ranks; start one")
     clock, stop, settings = Clock(), StopRequest(), follow_settings(config)
     directory = local_path(config.embed.directory) / "follow"
-    with run_directory(directory, world, job="embed --follow"):
+    with run_directory(directory, world, job="embed --follow", mlflow=mlflow_target(config, directory.parent)):
         open_log(directory / "logs", world.rank)
         template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
         encoder, origin = open_segment_encoder(config, template, world)

@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.checkpoint.run_directory import begin_run, choose_directory, run_directory
 from trainer.checkpoint.step_checkpoints import StepState
+from trainer.checkpoint.tracked_metrics import mlflow_target, write_metrics
 from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.config.paths import absolute_paths
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
@@ -38,7 +39,6 @@ from trainer.llm.finetuning.training_state import LossWindow
 from trainer.llm.models.adapter import save_adapter
 from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
-from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.runtime.stored_files import read_json_object
 
@@ -68,7 +68,7 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
     config = settled_attention(absolute_paths(config), directory, world)
     settings = deepspeed_settings(config, world.size)
     held_out = list(read_samples(config.data.evaluate, ReadCounts()))
-    with run_directory(directory, world, job="finetune"):
+    with run_directory(directory, world, job="finetune", mlflow=mlflow_target(config, directory)):
         if world.rank == 0:
             begin_run(directory, config, world.size)
         world.barrier()
@@ -105,8 +105,7 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
             record = {key: document[key] for key in ("base", "length", "tasks")}
             sections = training_sections(config, document, read_json_object(directory / "tokens" / "sources.json"))
             save_adapter(model, values, directory / "adapter", record, sections)
-            # Written last, because a run with a metrics.json counts as finished.
-            write_json(directory / "metrics.json", document)
+            write_metrics(directory, document, state.step)
         checkpoints.close()
         engine.close()
     logger.info(f"\nrun: {directory}")

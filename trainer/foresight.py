@@ -16,13 +16,13 @@ from typing import Any
 
 from trainer.checkpoint.run_directory import begin_run, choose_directory, run_directory
 from trainer.checkpoint.step_checkpoints import StepState
+from trainer.checkpoint.tracked_metrics import mlflow_target, write_metrics
 from trainer.config.foresight import ForesightConfig, load_foresight
 from trainer.config.paths import absolute_paths
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
 from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
-from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.semantic_ids.foresight_data import ForesightData
 from trainer.semantic_ids.foresight_report import evaluate, metrics_document, report_table
@@ -61,7 +61,7 @@ def run_job(config: ForesightConfig, world: World, preemption: Preemption) -> di
     config = absolute_paths(config)
     settings = deepspeed_settings(config, world.size)
     data = ForesightData.open(config)
-    with run_directory(directory, world, job="foresight"):
+    with run_directory(directory, world, job="foresight", mlflow=mlflow_target(config, directory)):
         if world.rank == 0:
             begin_run(directory, config, world.size, data.entry)
         world.barrier()
@@ -82,8 +82,7 @@ def run_job(config: ForesightConfig, world: World, preemption: Preemption) -> di
             logger.info(report_table(evaluation))
         document = metrics_document(config, data, state, evaluation, checkpoints.stalls)
         if world.rank == 0:
-            # Written last, because a run with a metrics.json counts as finished.
-            write_json(directory / "metrics.json", document)
+            write_metrics(directory, document, state.step)
         checkpoints.close()
         engine.close()
     logger.info(f"\nrun: {directory}")

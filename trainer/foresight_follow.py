@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.run_directory import begin_run, choose_directory, run_directory
+from trainer.checkpoint.tracked_metrics import mlflow_target, write_metrics
 from trainer.config.foresight import ForesightConfig, load_foresight_follow
 from trainer.config.paths import absolute_paths
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
 from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
-from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.semantic_ids.foresight_follow import (
     FollowCheckpoints,
@@ -64,7 +64,7 @@ def run_job(config: ForesightConfig, world: World, preemption: Preemption) -> di
     config = absolute_paths(config)
     settings = deepspeed_settings(config, world.size)
     data = FollowData.open(config)
-    with run_directory(directory, world, job="foresight follow"):
+    with run_directory(directory, world, job="foresight follow", mlflow=mlflow_target(config, directory)):
         if world.rank == 0:
             # The checkpoints compare the data, because later segments may be added.
             begin_run(directory, config, world.size)
@@ -86,8 +86,7 @@ def run_job(config: ForesightConfig, world: World, preemption: Preemption) -> di
                 logger.info(progressive_table(document["progressive"]))
             if slow:
                 logger.warning(f"{slow:,} times the forecasts and steps of some ticks took longer than the ticks")
-            # Written last, because a run with a metrics.json counts as finished.
-            write_json(directory / "metrics.json", document)
+            write_metrics(directory, document, state.step)
         checkpoints.close()
         engine.close()
     logger.info(f"\nforecasts: {forecasts.directory}\nrun: {directory}")

@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.checkpoint.run_directory import run_directory
+from trainer.checkpoint.tracked_metrics import mlflow_target, numbers
 from trainer.config.paths import absolute_paths
 from trainer.config.quantize import QuantizeJob, load_quantize
 from trainer.console.job_arguments import QUANTIZE_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
 from trainer.runtime.distributed import World, run_rank
+from trainer.runtime.tracking import record_scalars
 from trainer.semantic_ids import codebook_fit
 from trainer.semantic_ids.code_matching import KeptShares
 from trainer.semantic_ids.codebook_fit import FitData
@@ -63,7 +65,7 @@ def quantize(config: QuantizeJob, world: World, old_path: str | None, compare_co
     done = world.on_first_rank(lambda: codebook_fit.finished_version(directory, config, data, old) is not None)
     if not done:
         work = directory.with_name(f"{directory.name}.fit")
-        with run_directory(work, world, job="quantize"):
+        with run_directory(work, world, job="quantize", mlflow=mlflow_target(config, directory)):
             _fit_and_write(config, world, data, old, work, compare_cold)
             if world.rank == 0:
                 shutil.rmtree(work)
@@ -88,6 +90,8 @@ def _fit_and_write(
         return
     if old is not None:
         report = {**(report or {}), "refresh": codebook_fit.refresh_document(old, data, kept)}
+    levels = enumerate((report or {}).get("levels", ()), 1)
+    record_scalars({name: value for level, found in levels for name, value in numbers(found, f"held_out/{level}")}, 0)
     write_version(
         local_path(config.codebook.directory),
         codebook,

@@ -17,6 +17,7 @@ from typing import Any
 from modules.ranker import RankerKind
 from trainer.checkpoint.manifest import DatasetEntry, list_checkpoints
 from trainer.checkpoint.run_directory import begin_run, choose_directory, model_dirs, run_directory, settled
+from trainer.checkpoint.tracked_metrics import mlflow_target, tracked_baseline
 from trainer.config.precision import describe_precision
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
@@ -74,7 +75,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
     begun = any(list_checkpoints(model / "checkpoints") for model in model_dirs(directory, config).values())
     if config.init_from.run and not begun:
         check_source(config)
-    with run_directory(directory, world, job="train"):
+    with run_directory(directory, world, job="train", mlflow=mlflow_target(config, directory)):
         dataset = DatasetEntry(path=config.data.path, fingerprint=fingerprint(config.data.path, data.spec))
         if world.rank == 0:
             begin_run(directory, config, world.size, dataset)
@@ -106,10 +107,11 @@ def train_and_evaluate(job: RankerJob, kind: RankerKind, model_dir: Path) -> dic
     Returns:
         The content of its ``metrics.json``.
     """
-    model = prepare_model(job, kind, model_dir, make_publisher(job.config, model_dir))
-    train_model(job, model)
-    report, calibration = evaluate_model(job, model)
-    return write_results(job, model, report, calibration)
+    with tracked_baseline(job.config, model_dir, job.world.rank):
+        model = prepare_model(job, kind, model_dir, make_publisher(job.config, model_dir))
+        train_model(job, model)
+        report, calibration = evaluate_model(job, model)
+        return write_results(job, model, report, calibration)
 
 
 if __name__ == "__main__":

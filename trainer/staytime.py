@@ -25,6 +25,7 @@ import sys
 import time
 
 from trainer.checkpoint.run_directory import run_directory
+from trainer.checkpoint.tracked_metrics import mlflow_target, write_metrics
 from trainer.comment_staytime.evaluation import metrics_table, train_and_evaluate
 from trainer.comment_staytime.inputs import load_staytime
 from trainer.config.paths import absolute_paths
@@ -51,12 +52,12 @@ def run_job(config: StaytimeConfig) -> None:
     if (directory / "metrics.json").exists():
         raise UserError(f"{directory}: a finished run is already here; choose another run.directory or remove it")
     data = load_staytime(config.data, config.input, config.lcu, config.run.seed, config.watch)
-    with run_directory(directory, job="staytime"):
+    with run_directory(directory, job="staytime", mlflow=mlflow_target(config, directory)):
         open_log(directory / "logs", 0)
         write_json(directory / "config.json", absolute_paths(config).model_dump(mode="json"))
         write_json(directory / "environment.json", {"command": sys.argv, **environment(1)})
         metrics = train_and_evaluate(config, data, device, directory)
         write_checksums(directory, ("config.json", "fitted.json", "model.safetensors"))
-        write_json(directory / "metrics.json", metrics)
+        write_metrics(directory, metrics, len(metrics["losses"]))
     logger.info("\n" + metrics_table(metrics))
     logger.info(f"\nrun: {directory}")

@@ -33,6 +33,7 @@ from modules.staytime.comment_losses import (
 from modules.staytime.networks import StaytimeOutput
 from tests.device_waits import Waits
 from tests.paths import ROOT, files_of_their_owner_alone
+from tests.runtime.recorded_mlflow import RecordedRun
 from trainer.comment_staytime import model as staytime_model
 from trainer.comment_staytime.evaluation import evaluate, read_truth, train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
@@ -116,19 +117,29 @@ def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
 
 
 def test_a_run_leaves_what_it_says_and_is_not_overwritten(
-    world: Path, embeddings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path,
+    embeddings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     arguments = [f"data.path={world}", "data.eval_from=2024-03-06", f"run.directory={run}", *SMALL, *embeddings]
-    assert main(["staytime", str(JOB), *arguments]) == 0
+    mlflow_runs = RecordedRun.in_place_of_mlflow(monkeypatch)
+    assert main(["staytime", str(JOB), *arguments, f"run.mlflow={tmp_path / 'store'}"]) == 0
     printed = capsys.readouterr().out
     assert "true expectation" in printed and f"run: {run}" in printed and "fewer than 6 comments" in printed
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.json", "environment.json", "fitted.json", "model.safetensors", "metrics.json", "logs"}
     assert files_of_their_owner_alone(run) == []
     config = StaytimeConfig.model_validate(json.loads((run / "config.json").read_text()))
-    assert config == job(world, f"run.directory={run}", *embeddings)
+    assert config == job(world, f"run.directory={run}", f"run.mlflow={tmp_path / 'store'}", *embeddings)
     metrics = json.loads((run / "metrics.json").read_text())
+    (tracked_run,) = mlflow_runs
+    losses = [(value, step) for name, value, step in tracked_run.scalars if name == "loss"]
+    assert losses == [(pytest.approx(epoch["loss"]), number) for number, epoch in enumerate(metrics["losses"], 1)]
+    assert ("held_out/rmse", metrics["all"]["rmse"], len(losses)) in tracked_run.scalars
+    assert tracked_run.ends == [("finished", "")]
     page = make_report(run)
     for words in (
         "Mean stay against the mean prediction",

@@ -125,7 +125,7 @@ def test_the_outputs_of_job_files_are_these() -> None:
     }
     assert marked == {
         *((job, "run.directory") for job in ("train", "finetune", "staytime", "align", "foresight")),
-        *((job, "run.mlflow") for job in ("train", "align")),
+        *((job, "run.mlflow") for job in JOBS),
         *(("embed", key) for key in ("embed.directory", "follow.store")),
         ("quantize", "codebook.directory"),
     }
@@ -166,12 +166,12 @@ def one_line(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> st
 
 JOB_FILES = {
     "train": ("configs/simulated.toml", "run.directory", "run.mlflow"),
-    "finetune": ("configs/finetune_small.toml", "run.directory"),
-    "staytime": ("configs/staytime.toml", "run.directory"),
-    "embed": ("configs/embed.toml", "embed.directory"),
-    "quantize": ("configs/quantize.toml", "codebook.directory"),
+    "finetune": ("configs/finetune_small.toml", "run.directory", "run.mlflow"),
+    "staytime": ("configs/staytime.toml", "run.directory", "run.mlflow"),
+    "embed": ("configs/embed.toml", "embed.directory", "run.mlflow"),
+    "quantize": ("configs/quantize.toml", "codebook.directory", "run.mlflow"),
     "align": ("configs/align.toml", "run.directory", "run.mlflow"),
-    "foresight": ("configs/foresight.toml", "run.directory"),
+    "foresight": ("configs/foresight.toml", "run.directory", "run.mlflow"),
 }
 
 
@@ -185,7 +185,7 @@ def test_a_live_directory_is_refused_in_one_line(job: str, url: str, capsys: pyt
         assert ("did you mean s3://bucket/x?" if url == "s3:/bucket/x" else "local or shared file system") in line
 
 
-@pytest.mark.parametrize("job", ["train", "align"])
+@pytest.mark.parametrize("job", JOBS)
 def test_a_store_without_its_package_is_refused_before_a_rank_starts(
     job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from tests.device_waits import Waits
 from tests.distributed.engine_ranks import everything
-from tests.ranking.recorded_mlflow import RecordedRun
+from tests.runtime.recorded_mlflow import RecordedRun
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.write_dataset import simulate
@@ -87,12 +87,11 @@ def test_weights_and_learning_rates_of_each_step(
         run_job(config, world, Preemption())
 
     assert len(results) > 10
-    # The run of the training, and the one that it continues for its last metrics.
-    training, last = mlflow_runs
+    (training,) = mlflow_runs
     assert [point for point in training.scalars if point[0] == "loss"] == [
         ("loss", pytest.approx(float(result.loss)), step) for step, result in enumerate(results, 1)
     ]
-    assert training.closed and last.closed and training.target == last.target and training.target.name == "run"
+    assert training.ends == [("finished", "")] and training.target.name == "run"
     total, done = sum(result.rows_global for result in results) / ROWS, 0.0
     rise = 0.3 * total
     behaviours = DatasetSpec.load(dataset).behaviours

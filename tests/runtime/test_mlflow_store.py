@@ -14,8 +14,9 @@ import pytest
 
 from trainer.console.errors import UserError
 from trainer.runtime import mlflow_store
-from trainer.runtime.mlflow_store import MlflowRun, MlflowTarget
+from trainer.runtime.mlflow_store import REASON, MlflowRun, MlflowTarget
 from trainer.runtime.scalars import open_scalars
+from trainer.runtime.tracking import tracked
 
 
 @pytest.fixture
@@ -48,13 +49,14 @@ def test_a_run_has_settings_scalars_and_a_name(
     monkeypatch.setattr(mlflow_store, "_AT_ONCE", at_once)
     many = {f"data.key {number}": number for number in range(120)}
     directory = model_dir(tmp_path)
-    writer = open_scalars(directory / "tensorboard", 0, target(tmp_path, **{"train.weights": {"é": 1}, **many}))
-    for step in range(3):
-        writer.add_scalar("progressive_auc/click", step / 2, step)
-        writer.add_scalar("loss<é>", math.nan, step)
-    writer.add_scalar("loss<é>", 4.0, 3)
-    assert only_run(client).info.status == "RUNNING"
-    writer.close()
+    with tracked(directory, target(tmp_path, **{"train.weights": {"é": 1}, **many})):
+        writer = open_scalars(directory / "tensorboard", 0)
+        for step in range(3):
+            writer.add_scalar("progressive_auc/click", step / 2, step)
+            writer.add_scalar("loss<é>", math.nan, step)
+        writer.add_scalar("loss<é>", 4.0, 3)
+        writer.close()
+        assert only_run(client).info.status == "RUNNING"
     run = only_run(client)
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     assert run.data.metrics == {"progressive_auc/click": 1.0, "loss___": 4.0}
@@ -70,9 +72,10 @@ def test_a_job_that_is_continued_continues_its_run(tmp_path: Path, client: Any) 
     for step in (1, 2):
         run = MlflowRun(directory, target(tmp_path))
         run.add_scalar("loss", float(step), step)
-        run.flush()
-        assert only_run(client).info.status == "RUNNING"
         run.close()
+        assert only_run(client).info.status == "RUNNING" and REASON not in only_run(client).data.tags
+        run.end("stopped", "SIGTERM")
+        assert only_run(client).info.status == "KILLED" and only_run(client).data.tags[REASON] == "SIGTERM"
     found = only_run(client)
     assert [one.step for one in client.get_metric_history(found.info.run_id, "loss")] == [1, 2]
     # A run that is gone is made again.

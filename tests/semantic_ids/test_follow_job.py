@@ -20,6 +20,7 @@ from modules.codebook import Codebook
 from tests.conftest import Limelight
 from tests.nursery import Nursery
 from tests.paths import ROOT
+from tests.runtime.recorded_mlflow import RecordedRun
 from tests.semantic_ids.follow_parts import NOW_MS, lines_of, message
 from trainer.config.embed import load_embedding
 from trainer.config.finetune import SmallConfig
@@ -108,12 +109,16 @@ def content_of(folder: Path, codes: Path, version: str) -> tuple[Any, ...]:
     return *(column.tolist() for column in columns), *vectors, table.ids.tolist(), table.texts.tolist()
 
 
-def test_vectors_and_codes_do_not_depend_on_the_batches(settings: Settings, tmp_path: Path) -> None:
+def test_vectors_and_codes_do_not_depend_on_the_batches(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One job reads all lines at once, the other one as they arrive."""
     lines = lines_of(texts_of(0, rooms=4, segments=6)).splitlines(keepends=True)
     rooms = tmp_path / "rooms" / "a.jsonl"
     rooms.write_bytes(b"".join(lines))
-    run(settings(tmp_path / "whole"))
+    mlflow_runs = RecordedRun.in_place_of_mlflow(monkeypatch)
+    run(settings(tmp_path / "whole", run__mlflow=tmp_path / "store"))
+    assert ("follow/embedded", 24, 24) in mlflow_runs[0].scalars and mlflow_runs[0].ends == [("finished", "")]
     version = version_for(tmp_path / "whole", tmp_path / "version")
     places = {name: tmp_path / f"{name}.sqlite" for name in ("whole", "parts")}
     for name, stops in (("whole", (24,)), ("parts", (1, 3, 10, 17, 24))):

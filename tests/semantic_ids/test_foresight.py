@@ -19,6 +19,7 @@ from modules.foresight import ForesightPredictor
 from tests.conftest import RunRanks
 from tests.device_waits import Waits
 from tests.nursery import Nursery
+from tests.runtime.recorded_mlflow import RecordedRun
 from tests.semantic_ids.foresight_world import (
     CODES,
     assert_same_model,
@@ -66,9 +67,14 @@ def data(tmp_path: Path) -> Path:
 def test_a_run_has_the_model_beside_all_rules(
     data: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    mlflow_runs = RecordedRun.in_place_of_mlflow(monkeypatch)
     with caplog.at_level("INFO"):
-        document = run(data)
+        document = run(data, f"run.mlflow={data / 'store'}")
     assert json.loads((data / "run/metrics.json").read_text()) == document
+    (tracked_run,) = mlflow_runs
+    losses = [value for name, value, _ in tracked_run.scalars if name == "loss"]
+    assert losses == document["training"]["loss"] and tracked_run.ends == [("finished", "")]
+    assert {"learning_rate", "evaluation/quality/all/model/top_10"} <= tracked_run.names
     page = make_report(data / "run")
     assert "Next code: top 10" in page and "author&#39;s Markov" in page and "Loss of a row" in page
     assert (document["codes"], document["target"]) == (CODES, "next")

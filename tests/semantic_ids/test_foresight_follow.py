@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import RunRanks
 from tests.llm.tiny import StopAfter
 from tests.nursery import Nursery
+from tests.runtime.recorded_mlflow import RecordedRun
 from tests.semantic_ids import foresight_world
 from tests.semantic_ids.foresight_world import assert_same_model, write_codes, write_foresight
 from tests.semantic_ids.segment_world import SEGMENT_MS, START_MS, make_version
@@ -223,10 +224,14 @@ def test_a_run_has_each_segment_once_and_its_numbers(whole: Path, caplog: pytest
     assert [path.name for path in (whole / "again/forecasts").iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_stopped_run_continues_bit_for_bit(data: Path, whole: Path) -> None:
-    assert follow(data, stop_after=7) == {}
+def test_a_stopped_run_continues_bit_for_bit(data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow_runs, store = RecordedRun.in_place_of_mlflow(monkeypatch), f"run.mlflow={data / 'store'}"
+    assert follow(data, store, stop_after=7) == {}
     assert not (data / "run/metrics.json").exists() and not (data / "run/forecasts/decoder").exists()
-    document = follow(data)
+    document = follow(data, store)
+    assert [one.ends for one in mlflow_runs] == [[("stopped", "SIGTERM")], [("finished", "")]]
+    steps = [step for one in mlflow_runs for name, _, step in one.scalars if name == "progressive_top_1/model"]
+    assert steps == [4, 8, 11] and "progressive/quality/model/nll" in mlflow_runs[1].names
     assert document["training"]["steps"] == STEPS
     assert_same_tables(data / "run", whole / "run")
     assert_same_model(data / "run", whole / "run")

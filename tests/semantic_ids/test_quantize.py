@@ -11,6 +11,7 @@ import pytest
 
 import trainer.quantize
 from tests.conftest import RunRanks
+from tests.runtime.recorded_mlflow import RecordedRun
 from tests.semantic_ids.segment_world import world_vectors, write_vectors, write_world
 from trainer.config.quantize import load_quantize
 from trainer.console.errors import UserError
@@ -239,9 +240,18 @@ def test_an_old_version_of_another_model_is_refused(job: Path, quantize: Quantiz
         quantize("second", old="first")
 
 
-def test_the_stored_report_is_what_was_measured(quantize: Quantize) -> None:
-    version = quantize("first")
+def test_the_stored_report_is_what_was_measured_and_the_passes_are_scalars(
+    job: Path, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow_runs = RecordedRun.in_place_of_mlflow(monkeypatch)
+    version = quantize("first", f"run.mlflow={job.parent / 'store'}")
     report = json.loads((version.path / "report.json").read_text())
+    (tracked_run,) = mlflow_runs
+    assert tracked_run.target.name == "first" and tracked_run.ends == [("finished", "")]
+    passes = [(value, step) for name, value, step in tracked_run.scalars if name == "level 1/distortion"]
+    assert [step for _, step in passes] == list(range(1, len(passes) + 1))
+    assert passes[0][0] > passes[-1][0] > report["levels"][1]["distortion"] > 0
+    assert ("held_out/2/distortion", report["levels"][1]["distortion"], 0) in tracked_run.scalars
     page = make_report(version.path)
     assert "Distortion after each level" in page and version.name in page and "Use of the codes" in page
     vectors = world_vectors(ROOMS, SEGMENTS).reshape(ROOMS, SEGMENTS, -1)[:, FITTED:].reshape(110, -1)

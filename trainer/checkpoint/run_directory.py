@@ -68,19 +68,24 @@ from trainer.runtime.checksums import CHECKSUMS, write_checksums
 from trainer.runtime.distributed import World, choose_device
 from trainer.runtime.environment import computed_by, environment, rounding_differences
 from trainer.runtime.files import write_json
+from trainer.runtime.mlflow_store import RUN_ID, MlflowTarget
 from trainer.runtime.run_lock import is_locked, locked
 from trainer.runtime.run_status import FAILURE, STATUS, recorded_status
 from trainer.runtime.stored_files import read_json_object, stored_value
+from trainer.runtime.tracking import tracked
 
 logger = logging.getLogger(__name__)
 
-UNBEGUN = {"lock", "logs", STATUS, FAILURE}
+UNBEGUN = {"lock", "logs", STATUS, FAILURE, RUN_ID}
 """Files of a directory in which a job has written nothing of its own."""
 
 ResumableJob = JobConfig | FinetuneConfig | AlignConfig | ForesightConfig
 """Jobs whose runs can be resumed."""
 
 EngineJobType = TypeVar("EngineJobType", bound=JobConfig | AlignConfig)
+
+BASELINES = "baselines"
+"""Folder of a ranker's baselines in the directory of its run."""
 
 COMPILED = ("compiled_attention", "compiled_experts")
 """Keys of a ranker's parts that are compiled or not."""
@@ -106,7 +111,9 @@ def choose_directory(config: ResumableJob) -> Path:
 
 
 @contextmanager
-def run_directory(directory: Path, world: World | None = None, *, job: str) -> Iterator[None]:
+def run_directory(
+    directory: Path, world: World | None = None, *, job: str, mlflow: MlflowTarget | None = None
+) -> Iterator[None]:
     """Make the directory of a run, hold its lock, and record the status of the job. Collective.
 
     A directory that was made here, and in which nothing but the lock, the status and the logs was written, is removed
@@ -116,9 +123,10 @@ def run_directory(directory: Path, world: World | None = None, *, job: str) -> I
         directory: of the run, or of the tables that the job writes.
         world: ranks of the job; the first one makes and locks the directory. None for a job of one process.
         job: words of the command after ``limelight``, for the status.
+        mlflow: place of the run in an MLflow file store; None for no store.
 
     Raises:
-        UserError: the directory cannot be made or locked.
+        UserError: the directory cannot be made or locked, or the store cannot be written.
         OSError: the disk became full in the block; the error names the directory if it named no file.
     """
     first = world is None or world.rank == 0
@@ -134,6 +142,7 @@ def run_directory(directory: Path, world: World | None = None, *, job: str) -> I
         with (
             locked(directory) if first else nullcontext(),
             recorded_status(directory, job, world.rank if world else 0, world.size if world else 1),
+            tracked(directory, mlflow if first else None),
         ):
             yield
     except Exception as error:
@@ -228,7 +237,7 @@ def compiled_parts(config: ResumableJob) -> dict[str, str]:
 
 def model_dirs(directory: Path, config: JobConfig) -> dict[Any, Path]:
     """Return the directory of each model of a ranker's run, by kind: the job's own model and its baselines."""
-    baselines = {kind: directory / "baselines" / kind for kind in config.train.baselines}
+    baselines = {kind: directory / BASELINES / kind for kind in config.train.baselines}
     return {config.model.kind: directory, **{kind: at for kind, at in baselines.items() if kind != config.model.kind}}
 
 

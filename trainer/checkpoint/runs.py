@@ -17,7 +17,7 @@ from trainer.checkpoint.run_kind import JOBS, RunKind, kind_of_job
 from trainer.console.errors import UserError, one_line, printable
 from trainer.console.text_table import age_text, duration_text, text_table
 from trainer.runtime.run_lock import is_locked, lock_owner
-from trainer.runtime.run_status import FAILED, FINISHED, RUNNING, STATUS, STOPPED, RunStatus, read_status
+from trainer.runtime.run_status import FAILED, FINISHED, KILLED_REASON, RUNNING, STATUS, STOPPED, RunStatus, read_status
 from trainer.runtime.stored_files import read_json_object
 
 DAMAGED = "damaged"
@@ -29,7 +29,6 @@ DEPTH = 4
 _MARKS = ("lock", "environment.json", STATUS)
 """Files of which every job writes one; an exported model and a model of another program have none."""
 
-_KILLED = "ended without a message: killed, out of memory, or the machine went down"
 _EARLIER = "an earlier version wrote it, which stored no reason"
 _SILENT_SECONDS = 600.0
 """Time without a sign of a running job after which its line says so."""
@@ -271,7 +270,7 @@ def _state(directory: Path, config: Mapping[str, Any], status: RunStatus | None)
     if status is None:
         return STOPPED, _EARLIER if config else f"{_EARLIER} and no config.json"
     if status.state == RUNNING:
-        return FAILED, _KILLED
+        return FAILED, KILLED_REASON
     return status.state, status.reason
 
 

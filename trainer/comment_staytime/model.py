@@ -36,6 +36,7 @@ from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.runtime.host_copy import HostCopy, to_device
+from trainer.runtime.tracking import record_scalars
 
 ROWS_AT_ONCE = 8192
 """Rows of a prediction batch."""
@@ -262,7 +263,8 @@ def train(
                 values = torch.stack(list(losses.values()))
                 unread.append(_QueuedStep(epoch, step, len(rows), tuple(losses), HostCopy((values,))))
                 step += 1
-        read()
+            read()
+            record_scalars(epochs[-1], epoch + 1)
     return epochs
 
 

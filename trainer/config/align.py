@@ -21,9 +21,9 @@ from trainer.config.sections import (
     Rate,
     ResumeConfig,
     RowDataConfig,
+    RunConfig,
     Section,
     Share,
-    TrackedRunConfig,
 )
 
 
@@ -128,7 +128,7 @@ class AlignEvaluateConfig(Section):
 class AlignConfig(Section):
     """Job file of an alignment of authors: `limelight align`."""
 
-    run: TrackedRunConfig = Field(default_factory=TrackedRunConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
     data: AlignDataConfig
     features: FeatureConfig = Field(default_factory=FeatureConfig)
     tables: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)

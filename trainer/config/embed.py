@@ -11,10 +11,21 @@ from pydantic import Field, model_validator
 from modules.choices import TextPooling
 from trainer.config.load import load_job
 from trainer.config.paths import InputFile, StoreAddress, TableDirectory
-from trainer.config.sections import Device, Positive, Section
+from trainer.config.sections import MAY_CHANGE, Device, Positive, Section, TrackingConfig
 from trainer.console.errors import UserError
 
 Kind = Literal["items", "comments", "segments", "authors"]
+
+
+class EmbedRunConfig(TrackingConfig):
+    """Name of the job in an MLflow file store, and the store."""
+
+    name: str = Field(
+        "embed",
+        description="Name of the experiment in the MLflow file store.",
+        min_length=1,
+        json_schema_extra=MAY_CHANGE,
+    )
 
 
 class EmbedDataConfig(Section):
@@ -188,6 +199,7 @@ class FollowConfig(Section):
 class EmbeddingJob(Section):
     """An embedding job."""
 
+    run: EmbedRunConfig = EmbedRunConfig()
     data: EmbedDataConfig = EmbedDataConfig()
     model: EmbedModelConfig
     embed: EmbedConfig

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.load import load_job
 from trainer.config.paths import InputFile, VersionDirectory
-from trainer.config.sections import Device, Positive, Section
+from trainer.config.sections import MAY_CHANGE, Device, Positive, Section, TrackingConfig
 
 MAX_CODES = 1 << 24
 """Largest number of codes of a level."""
@@ -18,6 +18,17 @@ MAX_CODES = 1 << 24
 MAX_LEVELS = 16
 
 LevelSize = Annotated[int, Field(ge=1, le=MAX_CODES)]
+
+
+class QuantizeRunConfig(TrackingConfig):
+    """Name of the job in an MLflow file store, and the store."""
+
+    name: str = Field(
+        "quantize",
+        description="Name of the experiment in the MLflow file store.",
+        min_length=1,
+        json_schema_extra=MAY_CHANGE,
+    )
 
 
 class QuantizeDataConfig(Section):
@@ -78,6 +89,7 @@ class CodebookConfig(Section):
 class QuantizeJob(Section):
     """A job that fits a codebook version."""
 
+    run: QuantizeRunConfig = QuantizeRunConfig()
     data: QuantizeDataConfig
     codebook: CodebookConfig
 

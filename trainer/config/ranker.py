@@ -24,9 +24,9 @@ from trainer.config.sections import (
     Rate,
     ResumeConfig,
     RowDataConfig,
+    RunConfig,
     Section,
     Share,
-    TrackedRunConfig,
 )
 from trainer.config.stream import LabelConfig, StreamConfig
 from trainer.config.toml import validate
@@ -185,7 +185,7 @@ class InitFromConfig(Section):
 class JobConfig(Section):
     """Job file of a ranker: `limelight train`."""
 
-    run: TrackedRunConfig = Field(default_factory=TrackedRunConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig
     features: FeatureConfig = Field(default_factory=FeatureConfig)
     stream: StreamConfig | None = None

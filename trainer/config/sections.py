@@ -54,7 +54,24 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class RunConfig(Section):
+MlflowStore = Annotated[
+    StoreDirectory,
+    Field(
+        description="Directory of an MLflow file store that gets settings, scalars, metrics and state of the run, and "
+        "of each baseline; it needs the extra `mlflow`. Empty: none.",
+        json_schema_extra=MAY_CHANGE,
+    ),
+]
+
+
+class TrackingConfig(Section):
+    """Name of a job's runs in an MLflow file store."""
+
+    name: str
+    mlflow: MlflowStore = ""
+
+
+class RunConfig(TrackingConfig):
     """Name, directory and seed of a run."""
 
     name: str = Field(
@@ -70,17 +87,6 @@ class RunConfig(Section):
         json_schema_extra=MAY_CHANGE,
     )
     seed: int = Field(1, description="Seed of initial values, shuffling and dropout.", ge=0)
-
-
-class TrackedRunConfig(RunConfig):
-    """Name, directory and seed of a run, and where its scalars go."""
-
-    mlflow: StoreDirectory = Field(
-        "",
-        description="Directory of an MLflow file store that gets settings, scalars and metrics of each model, beside "
-        "TensorBoard's files; it needs the extra `mlflow`. Empty: none.",
-        json_schema_extra=MAY_CHANGE,
-    )
 
 
 class DistributedTrainConfig(Section):

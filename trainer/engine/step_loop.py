@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
+from trainer.runtime.scalars import ScalarWriter
 from trainer.runtime.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class Steps(Protocol):
         """Update the parameters, and add the step to the window of the state; ``sums`` are those of all ranks."""
         ...
 
-    def record(self) -> None:
-        """Append the window to the metric history, and begin a new one."""
+    def record(self) -> Mapping[str, float]:
+        """Append the window to the metric history, and begin a new one. Returns its scalars."""
         ...
 
     def save(self, *, wait: bool) -> None:
@@ -65,6 +66,7 @@ def run_steps(
     watchdog_seconds: float,
     world: World,
     preemption: Preemption,
+    scalars: ScalarWriter | None = None,
 ) -> None:
     """Run the remaining optimizer steps.
 
@@ -78,6 +80,7 @@ def run_steps(
         watchdog_seconds: the job ends if a rank finishes no step for this long; 0 for no limit.
         world: ranks of the job.
         preemption: stop request of this process.
+        scalars: writer of the scalars of each record, on the first rank.
 
     Raises:
         UserError: the loss is not finite, or a checkpoint cannot be written.
@@ -106,11 +109,16 @@ def run_steps(
             state.rows_done += done.rows
             set_step(state.step)
             if state.step % log_every == 0 or state.step == state.steps_total:
-                steps.record()
+                values = steps.record()
+                if scalars is not None:
+                    for name, value in values.items():
+                        scalars.add_scalar(name, value, state.step)
             progress.advance(done.rows, f"step {state.step}/{state.steps_total}, loss {done.loss:.4f}")
             checkpoints.check()
             # The last step has its own save after the loop.
             if stop or (save and state.step < state.steps_total):
+                if scalars is not None:
+                    scalars.flush()
                 with watchdog.busy("saving a checkpoint"):
                     steps.save(wait=bool(stop))
             if stop:

@@ -11,6 +11,7 @@ from typing import Any
 from modules.ranker import RankerKind
 from trainer.checkpoint.manifest import DatasetEntry
 from trainer.checkpoint.run_directory import compiled_parts
+from trainer.checkpoint.tracked_metrics import write_metrics
 from trainer.config.ranker import JobConfig
 from trainer.console.run_log import set_step
 from trainer.data.features.feature_map import FeatureMap
@@ -33,7 +34,6 @@ from trainer.ranking.metrics_table import metrics_table
 from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
 from trainer.ranking.setup import Split, build_engine, freeze_at_end_of_training, held_out_loader, training_loader
 from trainer.ranking.stream_train_loop import train_stream
-from trainer.ranking.tracking import write_metrics
 from trainer.ranking.train_loop import train
 from trainer.ranking.training_state import TrainingState
 from trainer.ranking.training_stream import TrainingStream, open_stream
@@ -238,7 +238,7 @@ def write_results(
         logger.info(f"predicted as requests came:\n{metrics_table({kind: document['stream']['progressive']})}")
     if job.world.rank == 0:
         write_json(model.model_dir / "plan.json", model.engine.plan)
-        write_metrics(config, model.model_dir, document, state.step)
+        write_metrics(model.model_dir, document, state.step)
     model.checkpoints.close()
     model.engine.close()
     return document

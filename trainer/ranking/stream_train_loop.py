@@ -33,7 +33,6 @@ from trainer.engine.build_engine import rows_per_rank
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
 from trainer.ranking.checkpoints import Checkpoints
 from trainer.ranking.search_refresh import SearchSpaceRefresher
-from trainer.ranking.tracking import mlflow_target
 from trainer.ranking.train_loop import keep_batch, write_scalars
 from trainer.ranking.training_state import TrainingState
 from trainer.ranking.training_stream import TrainingStream
@@ -161,7 +160,7 @@ class _StreamTrainer:
         self._scalars = None
         if world.rank == 0:
             # Points after the checkpoint belong to steps that are repeated now.
-            self._scalars = open_scalars(model_dir / "tensorboard", state.step, mlflow_target(config, model_dir))
+            self._scalars = open_scalars(model_dir / "tensorboard", state.step)
 
     def close(self) -> None:
         """Record the metrics of the last steps, and close the scalars."""

@@ -22,7 +22,6 @@ from trainer.ranking.checkpoints import Checkpoints, step_request
 from trainer.ranking.evaluation import log_missing
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import require_training_rows
-from trainer.ranking.tracking import mlflow_target
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
@@ -72,7 +71,7 @@ def train(
     scalars = None
     if world.rank == 0:
         # Steps after the checkpoint are repeated, and so are their scalars.
-        scalars = open_scalars(model_dir / "tensorboard", state.step, mlflow_target(config, model_dir))
+        scalars = open_scalars(model_dir / "tensorboard", state.step)
 
     def write(entry: dict[str, Any]) -> None:
         if scalars is not None:

@@ -1,4 +1,4 @@
-"""Runs in an MLflow file store: settings, scalars and metrics of a model, which ``mlflow ui`` shows beside others.
+"""Runs in an MLflow file store, which ``mlflow ui`` shows: settings, scalars, metrics and state of a model.
 
 MLflow opens a file store only where ``MLFLOW_ALLOW_FILE_STORE`` is true, since its makers prefer databases; this module
 sets it for its own process, and a user sets it for ``mlflow ui``. It also switches off MLflow's reports of its use.
@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,18 +22,28 @@ from typing import Any, TypeVar
 from trainer.console.errors import UserError, one_line
 from trainer.console.setup_advice import MLFLOW
 from trainer.runtime.files import write_json
+from trainer.runtime.run_status import FAILED, FINISHED, STOPPED
 from trainer.runtime.stored_files import read_json_object
 
 T = TypeVar("T")
 
 RUN_ID = "mlflow.json"
 
+REASON = "limelight.reason"
+"""Tag with the reason for which a run has stopped or failed."""
+
+_STATES = {FINISHED: "FINISHED", FAILED: "FAILED", STOPPED: "KILLED"}
+"""State of a job -> state of its run in the store."""
+
 _ENVIRONMENT = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
 _AT_ONCE = 500
 """Metrics of a call; a file store accepts 1,000."""
 
+_EVERY_SECONDS = 10.0
+"""Time after which values are written although they are few, so that the page follows a running job."""
+
 _MOST_PARAMS = 100
-_LONGEST_PARAM = 500
+_LONGEST_TEXT = 500
 _REFUSED = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
@@ -60,35 +71,60 @@ class MlflowRun:
         directory: of the model's files.
         target: place of the model.
 
+    Attributes:
+        run_id: id of the run in the store.
+
     Raises:
         UserError: MLflow is not installed, or the store cannot be written.
     """
 
     def __init__(self, directory: Path, target: MlflowTarget) -> None:
         self._store = target.store
-        self._client = _client(target.store)
+        self._client = open_client(target.store)
         self._waiting: list[Any] = []
-        self._id = _checked(self._store, lambda: self._continued(directory) or self._created(directory, target))
+        self._flushed = time.monotonic()
+        self.run_id = _checked(self._store, lambda: self._continued(directory) or self._created(directory, target))
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Keep a value for the next flush; one that is not finite is left out."""
+        """Keep a value for the next flush, a few seconds later at most; one that is not finite is left out.
+
+        Raises:
+            UserError: the store cannot be written.
+        """
         from mlflow.entities import Metric
 
         if math.isfinite(value):
             self._waiting.append(Metric(_REFUSED.sub("_", name), float(value), round(1000 * time.time()), step))
-        if len(self._waiting) >= _AT_ONCE:
+        if len(self._waiting) >= _AT_ONCE or time.monotonic() - self._flushed >= _EVERY_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write the values that are kept."""
+        """Write the values that are kept.
+
+        Raises:
+            UserError: the store cannot be written.
+        """
         waiting, self._waiting = self._waiting, []
+        self._flushed = time.monotonic()
         if waiting:
-            _checked(self._store, lambda: self._client.log_batch(self._id, metrics=waiting))
+            _checked(self._store, lambda: self._client.log_batch(self.run_id, metrics=waiting))
 
     def close(self) -> None:
-        """Write the values that are kept, and mark the run as finished."""
+        """Write the values that are kept; the run goes on until :meth:`end`."""
         self.flush()
-        _checked(self._store, lambda: self._client.set_terminated(self._id, "FINISHED"))
+
+    def end(self, state: str, reason: str = "") -> None:
+        """Write the values that are kept, and how the job has ended.
+
+        Args:
+            state: ``finished``, ``failed`` or ``stopped``.
+            reason: of a failure or a stop, in one line.
+
+        Raises:
+            UserError: the store cannot be written.
+        """
+        self.flush()
+        _checked(self._store, lambda: mark_ended(self._client, self.run_id, state, reason))
 
     def _continued(self, directory: Path) -> str | None:
         """Return the id of the run that an earlier start has made; None if there is none in this store."""
@@ -100,11 +136,16 @@ class MlflowRun:
             return None
         if stored.get("store") != self._store:
             return None
+        run = str(stored.get("run_id"))
         try:
-            return str(self._client.update_run(str(stored.get("run_id")), status="RUNNING") or stored["run_id"])
+            self._client.update_run(run, status="RUNNING")
         except MlflowException:
             # The run was deleted from the store.
             return None
+        with suppress(MlflowException):
+            # The reason of an earlier end; most runs have none.
+            self._client.delete_tag(run, REASON)
+        return run
 
     def _created(self, directory: Path, target: MlflowTarget) -> str:
         from mlflow.entities import Param, RunTag
@@ -112,33 +153,28 @@ class MlflowRun:
         found = self._client.get_experiment_by_name(target.experiment)
         experiment = found.experiment_id if found else self._client.create_experiment(target.experiment)
         run = str(self._client.create_run(experiment, run_name=target.name).info.run_id)
-        params = [Param(_REFUSED.sub("_", key), str(value)[:_LONGEST_PARAM]) for key, value in target.settings.items()]
+        params = [Param(_REFUSED.sub("_", key), str(value)[:_LONGEST_TEXT]) for key, value in target.settings.items()]
         for first in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(run, params=params[first : first + _MOST_PARAMS])
         self._client.log_batch(run, tags=[RunTag("limelight.directory", str(directory))])
+        directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / RUN_ID, {"store": target.store, "run_id": run})
         return run
 
 
-def write_last_metrics(directory: Path, target: MlflowTarget, metrics: Mapping[str, float], step: int) -> None:
-    """Write the metrics at the end of a model.
+def mark_ended(client: Any, run_id: str, state: str, reason: str) -> None:
+    """Write how a job has ended to its run in a store; the arguments are those of :meth:`MlflowRun.end`."""
+    if reason:
+        client.set_tag(run_id, REASON, reason[:_LONGEST_TEXT])
+    client.set_terminated(run_id, _STATES[state])
 
-    Args:
-        directory: of the model's files.
-        target: place of the model.
-        metrics: name -> value.
-        step: last step.
+
+def open_client(store: str) -> Any:
+    """Return MLflow's client of a file store.
 
     Raises:
-        UserError: as :class:`MlflowRun`.
+        UserError: MLflow is not installed, or the store cannot be written.
     """
-    run = MlflowRun(directory, target)
-    for name, value in metrics.items():
-        run.add_scalar(name, value, step)
-    run.close()
-
-
-def _client(store: str) -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:

@@ -39,6 +39,9 @@ _MAX_BYTES = 1 << 16
 _MAX_REASON = 1000
 _LOST_PEER = "the connection to another rank was lost"
 
+KILLED_REASON = "ended without a message: killed, out of memory, or the machine went down"
+"""Reason of a job whose last status says that it runs, although it does not."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -165,6 +168,22 @@ def record_failure(reason: str) -> None:
         _recorders[-1].write(FAILED, reason)
 
 
+def status_directory() -> Path | None:
+    """Return the directory of the job of this process; None outside of :func:`recorded_status`."""
+    return _recorders[-1].directory if _recorders else None
+
+
+def status_of_end(error: BaseException) -> tuple[str, str]:
+    """Return the state and the reason of the job of this process, which an exception ends."""
+    state, reason, own = _end(error)
+    directory = status_directory()
+    if state == FAILED and not own and directory is not None:
+        # The rank that was lost has written why before it ended.
+        with suppress(OSError, UserError):
+            reason = _failure(directory) or reason
+    return state, reason
+
+
 def read_status(directory: Path) -> RunStatus | None:
     """Return the status that is stored in a directory; None if an earlier version wrote it.
 
@@ -176,16 +195,24 @@ def read_status(directory: Path) -> RunStatus | None:
         stored = read_json_object(directory / STATUS, _MAX_BYTES)
     except FileNotFoundError:
         return None
-    with suppress(FileNotFoundError):
-        failure = read_json_object(directory / FAILURE, _MAX_BYTES)
-        rank = f"rank {failure.get('rank')}: " if failure.get("rank") else ""
-        stored |= {"state": FAILED, "reason": f"{rank}{failure.get('reason')}"}
+    if failure := _failure(directory):
+        stored |= {"state": FAILED, "reason": failure}
     kinds = {"str": str, "int": int, "dict[str, Any]": dict}
     for name, field in RunStatus.__dataclass_fields__.items():
         kind = kinds[str(field.type)]
         if type(stored.get(name)) is not kind:
             raise UserError(f"{directory / STATUS}: damaged, {name!r} is {stored.get(name)!a:.80}")
     return RunStatus(**{name: stored[name] for name in RunStatus.__dataclass_fields__})
+
+
+def _failure(directory: Path) -> str:
+    """Return the reason in ``failure.json``, and its rank if that is not the first; empty if there is no such file."""
+    try:
+        failure = read_json_object(directory / FAILURE, _MAX_BYTES)
+    except FileNotFoundError:
+        return ""
+    rank = f"rank {failure.get('rank')}: " if failure.get("rank") else ""
+    return f"{rank}{failure.get('reason')}"
 
 
 def _end(error: BaseException) -> tuple[str, str, bool]:

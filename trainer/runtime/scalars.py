@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.console.errors import UserError
-from trainer.runtime.mlflow_store import MlflowRun, MlflowTarget
+from trainer.runtime.tracking import tracked_run
 
 
 class ScalarWriter(Protocol):
@@ -44,16 +44,17 @@ class _SeveralWriters:
             writer.close()
 
 
-def open_scalars(directory: Path, step: int, mlflow: MlflowTarget | None = None) -> ScalarWriter:
-    """Return a writer of scalars after a step; TensorBoard hides those of later steps.
+def open_scalars(directory: Path, step: int) -> ScalarWriter:
+    """Return a writer of scalars after a step, to TensorBoard and to the tracked run of the model, if it has one.
+
+    TensorBoard hides those of later steps.
 
     Args:
-        directory: of TensorBoard's files, in that of the model.
+        directory: of TensorBoard's files.
         step: last step so far.
-        mlflow: place in an MLflow file store; None for TensorBoard alone.
 
     Raises:
-        UserError: the directory or the store cannot be written, or MLflow is not installed.
+        UserError: the directory cannot be written.
     """
     # The first rank alone writes scalars, and the import loads clients of object stores: a twelfth of a rank's start.
     from torch.utils.tensorboard import SummaryWriter
@@ -63,4 +64,5 @@ def open_scalars(directory: Path, step: int, mlflow: MlflowTarget | None = None)
     except OSError as error:
         # TensorBoard writes in a thread of its own, whose error has no name of a file.
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from None
-    return board if mlflow is None else _SeveralWriters([board, MlflowRun(directory.parent, mlflow)])
+    run = tracked_run()
+    return board if run is None else _SeveralWriters([board, run])

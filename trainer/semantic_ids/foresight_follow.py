@@ -35,7 +35,7 @@ from trainer.data.format.content_vectors import ContentVectors
 from trainer.engine.step_loop import StepDone, run_steps
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
-from trainer.runtime.scalars import ScalarWriter, open_scalars
+from trainer.runtime.scalars import open_scalars
 from trainer.semantic_ids.foresight_data import fingerprint
 from trainer.semantic_ids.foresight_engine import PredictorEngine
 from trainer.semantic_ids.foresight_follow_data import FollowData, FollowSchedule
@@ -226,7 +226,6 @@ class FollowSteps:
         schedule: segments and rows of each step.
         quality: progressive quality.
         state: progress of training, which the steps update.
-        scalars: writer of TensorBoard scalars; None on all ranks but the first.
 
     Attributes:
         slow: how often the forecasts and steps of some ticks took longer than the ticks in event time.
@@ -239,10 +238,9 @@ class FollowSteps:
         schedule: FollowSchedule,
         quality: ProgressiveQuality,
         state: ForesightState,
-        scalars: ScalarWriter | None,
     ) -> None:
         self._steps, self._forecasts, self._schedule = steps, forecasts, schedule
-        self._quality, self._state, self._scalars = quality, state, scalars
+        self._quality, self._state = quality, state
         self._begin, self._span = perf_counter(), np.inf
         self.slow = 0
 
@@ -261,17 +259,20 @@ class FollowSteps:
         self._quality.add(self._state.step, quality)
         return self._steps.update([loss])
 
-    def record(self) -> None:
-        """Append a record of the metric history."""
-        self._steps.record()
-        if self._scalars is not None:
-            write_scalars(self._scalars, self._state.metric_history[-1])
+    def record(self) -> dict[str, float]:
+        """Append a record of the metric history. Returns its scalars."""
+        scalars = self._steps.record()
+        progressive = self._state.metric_history[-1]["progressive"]
+        qualities = {
+            f"progressive_{metric}/{name}": value
+            for name, quality in progressive.items()
+            for metric, value in quality.items()
+        }
+        return scalars | qualities
 
     def save(self, *, wait: bool) -> None:
         """Save a checkpoint, after the forecasts before it are on disk."""
         self._forecasts.sync()
-        if self._scalars is not None:
-            self._scalars.flush()
         self._steps.save(wait=wait)
 
     def lap(self, span: float) -> None:
@@ -337,7 +338,6 @@ def follow(
         schedule,
         ProgressiveQuality(engine, data, state, config.data.runs, world),
         state,
-        scalars,
     )
     if not state.finished:
         run_steps(
@@ -351,6 +351,7 @@ def follow(
             watchdog_seconds=config.train.watchdog_seconds,
             world=world,
             preemption=preemption,
+            scalars=scalars,
         )
         steps.lap(0.0)
     if scalars is not None:
@@ -396,13 +397,3 @@ def metrics_document(
             ],
         },
     }
-
-
-def write_scalars(scalars: ScalarWriter, entry: Mapping[str, Any]) -> None:
-    """Write a record of the metric history as TensorBoard scalars."""
-    step = entry["step"]
-    for name in ("loss", "learning_rate"):
-        scalars.add_scalar(name, entry[name], step)
-    for name, quality in entry["progressive"].items():
-        for metric, value in quality.items():
-            scalars.add_scalar(f"progressive_{metric}/{name}", value, step)

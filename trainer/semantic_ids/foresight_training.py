@@ -24,6 +24,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.host_copy import to_device
 from trainer.runtime.preemption import Preemption
 from trainer.runtime.rng_state import start_random_states
+from trainer.runtime.tracking import tracked_run
 from trainer.semantic_ids.foresight_data import CodedRows, ForesightBatch, ForesightData
 from trainer.semantic_ids.foresight_engine import PredictorEngine
 from trainer.semantic_ids.foresight_model import predictor_size
@@ -214,6 +215,7 @@ def train(
         watchdog_seconds=config.train.watchdog_seconds,
         world=world,
         preemption=preemption,
+        scalars=tracked_run(),
     )
 
 
@@ -288,10 +290,12 @@ class PredictorSteps:
         self._state.window.add(sums[0], self._rows)
         return StepDone(self._rows, sums[0] / self._rows)
 
-    def record(self) -> None:
-        """Append a record of the metric history."""
-        self._state.metric_history.append(self._state.window.entry(self._state.step, self._rate))
+    def record(self) -> dict[str, float]:
+        """Append a record of the metric history. Returns its scalars."""
+        entry = self._state.window.entry(self._state.step, self._rate)
+        self._state.metric_history.append(entry)
         self._state.window = self._state.window.following()
+        return {name: entry[name] for name in ("loss", "learning_rate")}
 
     def save(self, *, wait: bool) -> None:
         """Save a checkpoint."""

@@ -28,6 +28,7 @@ from modules.codebook import Codebook, nearest, row_sums
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.runtime.distributed import World
+from trainer.runtime.tracking import record_scalars
 from trainer.semantic_ids.fixed_point import FixedPoint, magnitude_of
 from trainer.semantic_ids.kmeans_start import draw_numbers, mixed, plus_plus
 from trainer.semantic_ids.kmeans_state import FitState, read_state, write_state
@@ -226,6 +227,8 @@ class _Fitting:
             while not self._ended(state.history[-1]):
                 state = self._iterate(state, before, vectors, distances, progress)
                 self._save(state)
+                latest = Iteration(*state.history[-1][-1])._asdict()
+                record_scalars({f"{label}/{name}": value for name, value in latest.items()}, len(state.history[-1]))
         assert state.centroids is not None
         state = replace(state, levels=(*state.levels, state.centroids), centroids=None, seen=None)
         self._save(state)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.paths import ROOT
+from tests.runtime.recorded_mlflow import RecordedRun
 from trainer.config.embed import load_embedding
 from trainer.config.finetune import LoraConfig, SmallConfig
 from trainer.console.errors import UserError
@@ -302,11 +303,17 @@ def test_a_table_of_segments_has_their_hash_and_is_refused_beside_other_rooms(
 
 
 def test_only_new_and_changed_texts_are_read_again(
-    dataset: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     copy = tmp_path / "dataset"
     shutil.copytree(dataset, copy)
-    arguments = settings(copy, model, tmp_path / "out", **{"data.kinds": '["items"]'})
+    mlflow_runs = RecordedRun.in_place_of_mlflow(monkeypatch)
+    store = {"run.mlflow": tmp_path / "store"}
+    arguments = settings(copy, model, tmp_path / "out", **{"data.kinds": '["items"]'}, **store)
     run(*arguments)
     before = dict(zip(*table_of(tmp_path / "out", "items"), strict=True))
     run(*arguments)
@@ -323,6 +330,9 @@ def test_only_new_and_changed_texts_are_read_again(
     )
     run(*arguments)
     assert "57 vectors of dimension 32 (55 kept, 2 embedded, 3 empty)" in capsys.readouterr().out
+    assert [dict(one[:2] for one in done.scalars)["items/vectors"] for done in mlflow_runs] == [58, 58, 57]
+    assert {("items/kept", 55, 0), ("items/embedded", 2, 0)} <= set(mlflow_runs[2].scalars)
+    assert [done.ends for done in mlflow_runs] == [[("finished", "")]] * 3
     after = dict(zip(*table_of(tmp_path / "out", "items"), strict=True))
     assert set(after) == set(before) - {gone["item_id"], silent["item_id"]} | {5000}
     for one, vector in after.items():

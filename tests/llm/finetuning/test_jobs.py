@@ -93,13 +93,16 @@ def test_every_launcher_trains_the_same_adapter_under_deepspeed(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
+def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_samples(tmp_path)
     through, stopped = tmp_path / "through", tmp_path / "stopped"
     command = (*LIMELIGHT, "finetune", JOB, "--ranks", "2")
     end([start(*command, *overrides(tmp_path, through, "train.epochs=40"))])
 
-    process = start(*command, *overrides(tmp_path, stopped, "train.epochs=40", "checkpoint.every_steps=3"))
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = pytest.importorskip("mlflow", reason="needs the package mlflow-skinny, of the extra mlflow")
+    client, store = mlflow.MlflowClient((tmp_path / "store").as_uri()), f"run.mlflow={tmp_path / 'store'}"
+    process = start(*command, *overrides(tmp_path, stopped, "train.epochs=40", "checkpoint.every_steps=3", store))
     until = time.monotonic() + 600
     while not list_checkpoints(stopped / "checkpoints") and time.monotonic() < until:
         time.sleep(0.05)
@@ -107,8 +110,13 @@ def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
     printed = end([process], expect=PREEMPTED_STATUS)[0]
     assert "the same command resumes from here" in printed
     assert not (stopped / "metrics.json").exists()
-    printed = end([start(*command, *overrides(tmp_path, stopped, "train.epochs=40"))])[0]
+    run = json.loads((stopped / "mlflow.json").read_text())["run_id"]
+    assert client.get_run(run).info.status == "KILLED"
+    printed = end([start(*command, *overrides(tmp_path, stopped, "train.epochs=40", store))])[0]
     assert "resuming from" in printed
+    found = client.get_run(run)
+    assert found.info.status == "FINISHED" and "evaluation/fire/model/accuracy" in found.data.metrics
+    assert {"loss", "learning_rate", "tokens_per_second"} <= set(found.data.metrics)
     assert metrics(stopped) == metrics(through), "the same number of ranks resumes bit for bit"
 
     card = (stopped / "adapter" / "README.md").read_text()

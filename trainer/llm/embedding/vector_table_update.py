@@ -191,8 +191,8 @@ def write_missing_parts(update: TableUpdate, template: Template, encoder: Encode
             progress.advance(len(rows))
 
 
-def merge_parts(update: TableUpdate, dim: int, segments: DatasetSegments | None = None) -> None:
-    """Replace the table by the kept vectors and those of the parts, and remove the parts.
+def merge_parts(update: TableUpdate, dim: int, segments: DatasetSegments | None = None) -> dict[str, int]:
+    """Replace the table by the kept vectors and those of the parts, and remove the parts. Returns its counts.
 
     Args:
         update: the update, all of whose parts are written.
@@ -207,7 +207,7 @@ def merge_parts(update: TableUpdate, dim: int, segments: DatasetSegments | None 
     if unchanged and update.old is not None and update.old.segments == _hash_segments(segments, update.old.ids):
         logger.info(f"{update.table}: {len(update.old):,} vectors, no text has changed")
         shutil.rmtree(folder, ignore_errors=True)
-        return
+        return {"vectors": len(update.old), "kept": len(update.kept)}
     old_ids = np.empty(0, np.int64) if update.old is None else update.old.ids[update.kept]
     old_texts = np.empty(0, np.uint64) if update.old is None else update.old.texts[update.kept]
     ids, texts, truncated = [old_ids], [old_texts], 0
@@ -244,6 +244,7 @@ def merge_parts(update: TableUpdate, dim: int, segments: DatasetSegments | None 
     shutil.rmtree(folder, ignore_errors=True)
     summary = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     logger.info(f"{update.table}: {len(table):,} vectors of dimension {table.dim} ({summary})")
+    return {"vectors": len(table), **counts}
 
 
 def _hash_segments(segments: DatasetSegments | None, ids: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from trainer.llm.finetuning.token_files import Tokens
 from trainer.llm.finetuning.training_state import LossWindow
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
+from trainer.runtime.tracking import tracked_run
 
 
 def train(
@@ -58,6 +59,7 @@ def train(
         watchdog_seconds=config.train.watchdog_seconds,
         world=world,
         preemption=preemption,
+        scalars=tracked_run(),
     )
 
 
@@ -98,10 +100,12 @@ class _AdapterSteps:
         self._state.window.add(loss, answers, tokens, round(places))
         return StepDone(len(self._packs), loss / answers)
 
-    def record(self) -> None:
-        """Append a record of the metric history."""
-        self._state.metric_history.append(self._state.window.entry(self._state.step, self._rate))
+    def record(self) -> dict[str, float]:
+        """Append a record of the metric history. Returns its scalars."""
+        entry = self._state.window.entry(self._state.step, self._rate)
+        self._state.metric_history.append(entry)
         self._state.window = LossWindow()
+        return {name: entry[name] for name in ("loss", "learning_rate", "tokens_per_second")}
 
     def save(self, *, wait: bool) -> None:
         """Save a checkpoint."""

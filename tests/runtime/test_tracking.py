@@ -1,0 +1,164 @@
+"""The ends of jobs in an MLflow file store: told by the job, or by the process that waits for its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.paths import ROOT
+from tests.runtime.recorded_mlflow import RecordedRun
+from trainer.console.errors import UserError
+from trainer.console.exit_status import Terminated
+from trainer.runtime.mlflow_keeper import mark_killed
+from trainer.runtime.mlflow_store import REASON, MlflowRun, MlflowTarget
+from trainer.runtime.preemption import Preempted
+from trainer.runtime.run_status import KILLED_REASON, record_failure, recorded_status
+from trainer.runtime.tracking import record_scalars, tracked, tracked_run
+
+TARGET = MlflowTarget("store", "small", "run", {})
+
+ENDS = [
+    (UserError("the loss is nan"), ("failed", "the loss is nan")),
+    (ValueError("a\nb"), ("failed", "ValueError: a b")),
+    (Preempted(), ("stopped", "SIGTERM")),
+    (Terminated(), ("stopped", "SIGTERM")),
+    (KeyboardInterrupt(), ("stopped", "ctrl-C")),
+]
+
+
+@pytest.mark.parametrize(("error", "end"), ENDS, ids=lambda value: type(value).__name__)
+def test_an_exception_is_the_end_of_each_open_run_but_of_one_with_metrics(
+    error: BaseException, end: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = RecordedRun.in_place_of_mlflow(monkeypatch)
+    baseline = tmp_path / "baselines" / "mmoe"
+    with (
+        pytest.raises(type(error)),
+        recorded_status(tmp_path, "train", 0, 1),
+        tracked(tmp_path, TARGET),
+    ):
+        record_scalars({"loss": 2.0}, 1)
+        (tmp_path / "metrics.json").write_text("{}")
+        with tracked(baseline, TARGET):
+            record_scalars({"loss": 1.0}, 1)
+            raise error
+    assert [run.ends for run in runs] == [[("finished", "")], [end]]
+    assert [run.scalars for run in runs] == [[("loss", 2.0, 1)], [("loss", 1.0, 1)]]
+    assert tracked_run() is None
+
+
+def test_the_reason_is_that_of_the_rank_that_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = RecordedRun.in_place_of_mlflow(monkeypatch)
+    lost = RuntimeError("[pair.cc:1] gloo/transport/tcp: Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(RuntimeError), recorded_status(tmp_path, "train", 0, 2), tracked(tmp_path, TARGET):
+        (tmp_path / "failure.json").write_text(json.dumps({"rank": 1, "reason": "no space"}))
+        raise lost
+    assert runs[0].ends == [("failed", "rank 1: no space")]
+
+
+def test_without_a_store_nothing_is_written(tmp_path: Path) -> None:
+    with tracked(tmp_path, None):
+        record_scalars({"loss": 1.0}, 1)
+        assert tracked_run() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow = pytest.importorskip("mlflow", reason="needs the package mlflow-skinny, of the extra mlflow")
+    return mlflow.MlflowClient((tmp_path / "store").as_uri())
+
+
+JOB = """
+import sys, time
+from pathlib import Path
+from trainer.runtime.mlflow_store import MlflowTarget
+from trainer.runtime.run_lock import locked
+from trainer.runtime.run_status import record_failure, recorded_status
+from trainer.runtime.tracking import record_scalars, tracked
+
+directory, store, act = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+target = MlflowTarget(store, "small", "run", {})
+with locked(directory), recorded_status(directory, "train", 0, 1), tracked(directory, target):
+    record_scalars({"loss": 2.0}, 1)
+    if act == "hang":
+        record_failure("rank 0 hangs")
+    print("ready", flush=True)
+    if act != "end":
+        time.sleep(600)
+"""
+
+
+@pytest.fixture
+def jobs() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_the_run_of_a_killed_job_does_not_stay_running_and_is_continued(
+    tmp_path: Path, client: Any, jobs: list[subprocess.Popen[bytes]]
+) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+
+    def start(act: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", JOB, str(directory), str(tmp_path / "store"), act]
+        jobs.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE))
+        assert jobs[-1].stdout is not None and jobs[-1].stdout.readline() == b"ready\n"
+        return jobs[-1]
+
+    def info() -> tuple[str, str | None]:
+        run = client.get_run(json.loads((directory / "mlflow.json").read_text())["run_id"])
+        return run.info.status, run.data.tags.get(REASON)
+
+    def kill(act: str) -> tuple[str, str | None]:
+        job = start(act)
+        assert info() == ("RUNNING", None), "the reason of an earlier end has gone"
+        job.send_signal(signal.SIGKILL)
+        until = time.monotonic() + 60
+        while info()[0] == "RUNNING" and time.monotonic() < until:
+            time.sleep(0.05)
+        return info()
+
+    assert kill("wait") == ("KILLED", KILLED_REASON)
+    first = json.loads((directory / "mlflow.json").read_text())
+    assert kill("hang") == ("FAILED", "rank 0 hangs")
+    start("end").wait()
+    assert info() == ("FINISHED", None)
+    assert json.loads((directory / "mlflow.json").read_text()) == first
+    assert len(client.get_metric_history(first["run_id"], "loss")) == 3
+
+
+def test_a_killed_job_is_marked_by_what_its_directory_says(tmp_path: Path, client: Any) -> None:
+    store, directory = tmp_path / "store", tmp_path / "run"
+    directory.mkdir()
+    target = MlflowTarget(str(store), "small", "run", {})
+
+    def marked(name: str) -> tuple[str, str | None]:
+        run = MlflowRun(tmp_path / name, target).run_id
+        mark_killed(str(store), run, directory, tmp_path / name)
+        found = client.get_run(run)
+        return found.info.status, found.data.tags.get(REASON)
+
+    assert marked("no status") == ("KILLED", KILLED_REASON)
+    with recorded_status(directory, "train", 0, 1):
+        assert marked("running") == ("KILLED", KILLED_REASON)
+        record_failure("it hangs")
+        assert marked("failed") == ("FAILED", "it hangs")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "metrics.json").write_text("{}")
+    assert marked("done") == ("FINISHED", None)

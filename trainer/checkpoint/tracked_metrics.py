@@ -1,0 +1,98 @@
+"""Settings, and metrics at the end, that a job hands to the MLflow file store that ``run.mlflow`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from trainer.checkpoint.run_directory import BASELINES
+from trainer.config.diff import flat_settings
+from trainer.config.sections import TrackingConfig
+from trainer.runtime.files import write_json
+from trainer.runtime.mlflow_store import MlflowTarget
+from trainer.runtime.tracking import record_scalars, tracked
+
+_SECTIONS = {
+    "behaviours": "held_out",
+    "retrieval": "retrieval",
+    "evaluation": "evaluation",
+    "all": "held_out",
+    "progressive": "progressive",
+    "stream.progressive": "stream",
+}
+"""Section of ``metrics.json`` -> first part of the names of its metrics."""
+
+
+class TrackedJob(Protocol):
+    """Job whose runs may go to a file store."""
+
+    @property
+    def run(self) -> TrackingConfig:
+        """Name of its runs, and the store."""
+        ...
+
+
+def mlflow_target(config: TrackedJob, directory: Path) -> MlflowTarget | None:
+    """Return the place of a model in the file store of its job; None without one.
+
+    Args:
+        config: the job; its runs of one name are an experiment.
+        directory: of the model's files, which names its run: that of the job, or of a baseline.
+    """
+    if not config.run.mlflow:
+        return None
+    assert isinstance(config, BaseModel)
+    name, settings = directory.name, flat_settings(config.model_dump(mode="json"))
+    if directory.parent.name == BASELINES:
+        name, settings = f"{directory.parents[1].name}, {directory.name}", {**settings, "model.kind": directory.name}
+    return MlflowTarget(config.run.mlflow, config.run.name, name, settings)
+
+
+@contextmanager
+def tracked_baseline(config: TrackedJob, directory: Path, rank: int) -> Iterator[None]:
+    """Keep the run of a baseline in the file store of its job; the run's own model is tracked with the job.
+
+    Args:
+        config: the job.
+        directory: of the model's files.
+        rank: of this process.
+
+    Raises:
+        UserError: the file store cannot be written.
+    """
+    alone = directory.parent.name == BASELINES and rank == 0
+    with tracked(directory, mlflow_target(config, directory) if alone else None):
+        yield
+
+
+def write_metrics(directory: Path, document: Mapping[str, Any], step: int) -> None:
+    """Write ``metrics.json`` of a model, after its metrics are in its tracked run, if it has one.
+
+    Args:
+        directory: of the model's files.
+        document: content of ``metrics.json``.
+        step: number of optimizer steps.
+
+    Raises:
+        UserError: the file store cannot be written.
+    """
+    for section, first in _SECTIONS.items():
+        found: Any = document
+        for part in section.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        record_scalars(dict(numbers(found, first)), step)
+    # Last, since a run with a metrics.json counts as finished.
+    write_json(directory / "metrics.json", document)
+
+
+def numbers(values: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Yield name and value of the numbers in a section, such as ``held_out/click/auc``."""
+    if isinstance(values, Mapping):
+        for key, inner in values.items():
+            yield from numbers(inner, f"{name}/{key}")
+    elif isinstance(values, int | float) and not isinstance(values, bool):
+        yield name, float(values)
