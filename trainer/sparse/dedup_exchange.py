@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from modules.compiled import compiled
 from trainer.runtime.unique import find_unique
 from trainer.sparse.exchange import Exchange, Gradients, pass_to_current_stream
+from trainer.sparse.row_loops import add_rows
 
 
 class DeduplicatedExchange:
@@ -87,7 +86,7 @@ class DeduplicatedExchange:
                     if self._device_form:
                         total.index_add_(0, places, part)
                     else:
-                        _add_rows(total.numpy(), places.numpy(), part.contiguous().numpy())
+                        add_rows(total.numpy(), places.numpy(), part.contiguous().numpy())
                 summed[key] = [total[:0]]
             summed[members[0]] = [total]
         for exchange in self._exchanges:
@@ -137,12 +136,3 @@ def unique_ids_on_device(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
     """Do the same as :func:`unique_ids` on any device, with the unique ids in ascending order and int64 places."""
     unique, places = torch.cat(list(lists)).unique(return_inverse=True)
     return unique, list(places.split([len(of_list) for of_list in lists]))
-
-
-@compiled(nogil=True)
-def _add_rows(total: np.ndarray, places: np.ndarray, rows: np.ndarray) -> None:
-    """Add ``rows[i]`` to ``total[places[i]]`` for every ``i``, in order."""
-    for i in range(len(places)):
-        place = places[i]
-        for column in range(total.shape[1]):
-            total[place, column] += rows[i, column]

@@ -51,7 +51,8 @@ class DynamicRouting(FlatRouting):
         device_form: bool,
         rows: Mapping[str, DynamicRows],
     ) -> None:
-        super().__init__(collection, sharding, keys, group, served, device_form)
+        # All ids without a row read row 0.
+        super().__init__(collection, sharding, keys, group, served, device_form, unique=False)
         names = [table.name for table in self.tables]
         self.names = list(dict.fromkeys(names))
         self.rows = [rows.get(name) for name in self.names]

@@ -37,6 +37,7 @@ class FlatRouting:
         group: process group of all ranks.
         served: names of the lookups that this routing serves, at least one; their tables have this sharding.
         device_form: True for operations that any device has, False for the faster ones of a CPU.
+        unique: True if a rank sends each id of a table once in a step, and no two ids read the same row.
 
     Attributes:
         device: device of the tables.
@@ -59,6 +60,7 @@ class FlatRouting:
         group: dist.ProcessGroup,
         served: frozenset[str],
         device_form: bool,
+        unique: bool,
     ) -> None:
         self.device: torch.device = collection._device
         self.device_form = device_form
@@ -79,9 +81,12 @@ class FlatRouting:
         self.block_rows = torch.tensor(
             [plans[key].sharding_spec.shards[0].shard_sizes[0] for key in self.keys], dtype=torch.int64
         )
-        self.kernel = self._kernel(collection, sharding)
+        # Two ranks may send the same id.
+        self.kernel = self._kernel(collection, sharding, unique=unique and self.world == 1)
 
-    def _kernel(self, collection: ShardedEmbeddingCollection, sharding: str) -> CpuKernel | DeviceKernel | None:
+    def _kernel(
+        self, collection: ShardedEmbeddingCollection, sharding: str, *, unique: bool
+    ) -> CpuKernel | DeviceKernel | None:
         """Return the kernel of this rank's shards of the tables with a sharding; None if it has no shard."""
         lookup = collection._lookups[collection._sharding_types.index(sharding)]
         found = [module for module in lookup.modules() if isinstance(module, BatchedFusedEmbedding)]
@@ -89,7 +94,7 @@ class FlatRouting:
             raise RuntimeError(f"TorchRec made {len(found)} kernels for the {sharding} tables of one collection, not 1")
         if not found:
             return None
-        return DeviceKernel(found[0], self.device) if self.device_form else CpuKernel(found[0])
+        return DeviceKernel(found[0], self.device) if self.device_form else CpuKernel(found[0], unique=unique)
 
 
 class FlatExchange:

@@ -119,7 +119,7 @@ class ShardedTables:
         self._initialise(seed)
         self.dynamic = DynamicTables(tables, self._held(), seed, control, device_form=self._device_form)
         self._routings = [
-            _routings(collection, keys, group, self.dynamic, self._device_form)
+            _routings(collection, keys, group, self.dynamic, self._device_form, deduplicate)
             for collection, keys in zip(self._collections, self.keys, strict=True)
         ]
 
@@ -226,6 +226,7 @@ def _routings(
     group: dist.ProcessGroup,
     dynamic: DynamicTables,
     device_form: bool,
+    deduplicate: bool,
 ) -> list[FlatRouting]:
     """Return the routings of a collection for :class:`FlatExchange`; none if it needs :class:`TorchRecExchange`.
 
@@ -248,7 +249,7 @@ def _routings(
     for sharding in sorted(shardings):
         of_sharding = {key for key in keys if collection.module_sharding_plan[tables[key]].sharding_type == sharding}
         if served := frozenset(of_sharding - dynamic_keys):
-            routings.append(FlatRouting(collection, sharding, keys, group, served, device_form))
+            routings.append(FlatRouting(collection, sharding, keys, group, served, device_form, deduplicate))
         if served := frozenset(of_sharding & dynamic_keys):
             routings.append(DynamicRouting(collection, sharding, keys, group, served, device_form, dynamic.rows))
     return routings
