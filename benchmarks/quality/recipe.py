@@ -20,10 +20,8 @@ Each training is kept under ``--work`` and is not repeated, so the same command 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +31,15 @@ import torch
 from benchmarks.measure import make_parser, slug, write_result
 from benchmarks.quality.attainable_bound import ATTAINABLE, VARIANTS, kept_probabilities, world_of
 from benchmarks.quality.full import predictions_of
+from benchmarks.quality.kept_runs import Recipe, read_runs, run_file, settings_of, train_once
 from benchmarks.quality.larm_report import Scores
 from benchmarks.quality.paired_users import DRAWS
-from benchmarks.quality.ranker_runs import trained_ranker
-from benchmarks.quality.recipe_report import BEST, RecipeRun, summarise, tables
+from benchmarks.quality.recipe_report import BEST, summarise, tables
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.outputs import local_argument
 from trainer.data.format.schema import DatasetSpec
 from trainer.ranking.evaluation import read_truth
 from trainer.runtime.distributed import World
-from trainer.runtime.files import write_json
 
 JOB, RECIPE_JOB = "configs/simulated.toml", "configs/recipe.toml"
 TUNING, HELD_OUT = "tuning", "held out"
@@ -54,20 +51,6 @@ DAYS: dict[str, tuple[str, ...]] = {
 
 COMMON = ("data.workers=0", "train.device=cpu", "checkpoint.every_minutes=0")
 """Settings of all trainings. Without workers all of the work is in the processor time of this process."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Changes to another recipe.
-
-    Attributes:
-        than: recipe that it changes, and that it is compared with; empty for the job as it is.
-        settings: the changes.
-    """
-
-    than: str
-    settings: tuple[str, ...]
-
 
 DEFAULT, LOGISTIC = "default", "logistic regression"
 TAGS, TAGS_HEADS, HEADS = "tags and author features", "tags, multi_head", "multi_head"
@@ -107,21 +90,10 @@ FINAL = (DEFAULT, LOGISTIC, CHOSEN)
 """Recipes of the held-out days."""
 
 
-def settings_of(recipe: str) -> tuple[str, ...]:
-    """Return all changes of a recipe to the job, those of the recipes that it changes first."""
-    found = RECIPES[recipe]
-    return (*(settings_of(found.than) if found.than else ()), *found.settings)
-
-
 def job_of(recipe: str, days: str, seed: int, data: str, overrides: Sequence[str] = ()) -> JobConfig:
     """Return the job of a training."""
     own = (f"data.path={data}", f"run.seed={seed}", *COMMON, *DAYS[days], *overrides)
-    return load_config(JOB, [*settings_of(recipe), *own])
-
-
-def facts_file(work: Path, days: str, seed: int, recipe: str) -> Path:
-    """Return the file of the facts of a training; its predictions are beside it."""
-    return work / slug(days) / f"seed-{seed}" / f"{slug(recipe)}.json"
+    return load_config(JOB, [*settings_of(RECIPES, recipe), *own])
 
 
 def train_missing(options: argparse.Namespace, world: World) -> None:
@@ -129,37 +101,9 @@ def train_missing(options: argparse.Namespace, world: World) -> None:
     for days in options.days:
         recipes = [name for name in options.recipes if days == TUNING or name in FINAL]
         for seed, recipe in ((seed, recipe) for seed in options.seeds for recipe in recipes):
-            file = facts_file(options.work, days, seed, recipe)
-            if file.exists():
-                continue
-            print(f"{recipe}, {days} days, seed {seed}", file=sys.stderr, flush=True)
             job = job_of(recipe, days, seed, options.data, options.overrides)
-            with trained_ranker(job, world) as ranker:
-                scores = Scores.of(ranker.predict(), ranker.features.behaviours, ranker.seconds)
-                facts = {"rows": ranker.rows, "seconds": ranker.seconds}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            scores.write(file.with_suffix(".npz"))
-            # Last, since a training with its facts is whole.
-            write_json(file, facts)
-
-
-def kept_runs(work: Path, days: str) -> dict[str, dict[int, RecipeRun]]:
-    """Return the finished trainings of some days: recipe -> seed -> run, in the order of ``RECIPES``."""
-    found: dict[str, dict[int, RecipeRun]] = {}
-    for recipe in RECIPES:
-        for file in sorted((work / slug(days)).glob(f"seed-*/{slug(recipe)}.json")):
-            # The order of the rows depends on the batches.
-            scores = by_visit(Scores.read(file.with_suffix(".npz")))
-            seed = int(file.parent.name.removeprefix("seed-"))
-            found.setdefault(recipe, {})[seed] = RecipeRun(scores, **json.loads(file.read_text()))
-    return found
-
-
-def by_visit(scores: Scores) -> Scores:
-    """Return scores in the order of ``visit_id``."""
-    order = np.argsort(scores.visit_id, kind="stable")
-    columns = ("user_id", "visit_id", "probability", "label", "mask")
-    return replace(scores, **{name: getattr(scores, name)[order] for name in columns})
+            file = run_file(options.work / slug(days), seed, recipe)
+            train_once(file, job, world, f"{recipe}, {days} days, seed {seed}")
 
 
 def bounds(options: argparse.Namespace, scores: Scores) -> dict[str, np.ndarray]:
@@ -193,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_missing(options, world)
     result: dict[str, Any] = {}
     for days in DAYS:
-        runs = kept_runs(options.work, days)
+        runs = read_runs(options.work / slug(days), RECIPES)
         if DEFAULT in runs:
             than = {name: RECIPES[name].than for name in runs}
             first = next(iter(runs[DEFAULT].values())).scores

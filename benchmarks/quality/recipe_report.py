@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
 
 from benchmarks.measure import mean_and_half_width
 from benchmarks.quality.attainable_bound import ATTAINABLE, exceeds, room_below
-from benchmarks.quality.larm_report import Scores, cell
+from benchmarks.quality.kept_runs import KeptRun
+from benchmarks.quality.larm_report import cell
 from benchmarks.quality.paired_users import UserMetric, on_all_users, paired_difference
 from trainer.console.text_table import text_table
 
@@ -18,22 +19,8 @@ BEST = "best possible"
 METRICS: tuple[Literal["auc", "gauc"], ...] = ("auc", "gauc")
 
 
-@dataclass(frozen=True)
-class RecipeRun:
-    """A ranker of one recipe and one seed.
-
-    Attributes:
-        scores: predictions of the rows of the days.
-        rows, seconds: of the training; processor seconds.
-    """
-
-    scores: Scores
-    rows: int
-    seconds: float
-
-
 def summarise(
-    runs: Mapping[str, Mapping[int, RecipeRun]],
+    runs: Mapping[str, Mapping[int, KeptRun]],
     than: Mapping[str, str],
     default: str,
     floor: str | None,
@@ -69,7 +56,7 @@ def summarise(
 
 def _of_behaviour(
     k: int,
-    runs: Mapping[str, Mapping[int, RecipeRun]],
+    runs: Mapping[str, Mapping[int, KeptRun]],
     to: Mapping[str, str],
     floor: str | None,
     bounds: Mapping[str, np.ndarray],

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import recipe
+from benchmarks.quality import kept_runs, recipe
 from benchmarks.quality.attainable_bound import ATTAINABLE
 from benchmarks.quality.recipe import CHOSEN, DEFAULT, FINAL, HELD_OUT, LOGISTIC, RECIPE_JOB, RECIPES, TUNING, job_of
 from benchmarks.quality.recipe_report import BEST
@@ -89,7 +89,7 @@ def test_trainings_are_kept_and_compared(
         features = SimpleNamespace(behaviours=("click", "gift"))
         yield SimpleNamespace(predict=lambda: found, features=features, rows=1000, seconds=2.0)
 
-    monkeypatch.setattr(recipe, "trained_ranker", train)
+    monkeypatch.setattr(kept_runs, "trained_ranker", train)
     spec = SimpleNamespace(extra={"users": USERS, "days": 10, "seed": 1, "size": 3})
     monkeypatch.setattr(recipe.DatasetSpec, "load", lambda path: spec)
     truth = 1 / (1 + np.exp(-odds()))

@@ -1,0 +1,103 @@
+"""Trainings of rankers that a benchmark keeps in its directory, so that none is repeated."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import slug
+from benchmarks.quality.larm_report import Scores
+from benchmarks.quality.ranker_runs import trained_ranker
+from trainer.config.ranker import JobConfig
+from trainer.runtime.distributed import World
+from trainer.runtime.files import write_json
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Changes to another recipe.
+
+    Attributes:
+        than: recipe that it changes, and that it is compared with; empty for the job as it is.
+        settings: the changes.
+    """
+
+    than: str
+    settings: tuple[str, ...]
+
+
+def settings_of(recipes: Mapping[str, Recipe], name: str) -> tuple[str, ...]:
+    """Return all changes of a recipe to the job, those of the recipes that it changes first."""
+    found = recipes[name]
+    return (*(settings_of(recipes, found.than) if found.than else ()), *found.settings)
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """A ranker of one variant and one seed.
+
+    Attributes:
+        scores: predictions of the rows of the days.
+        rows, seconds: of the training; processor seconds.
+    """
+
+    scores: Scores
+    rows: int
+    seconds: float
+
+
+def train_once(file: Path, job: JobConfig, world: World, title: str) -> None:
+    """Train a job and predict its held-out rows, unless this is done already.
+
+    Args:
+        file: JSON file of the facts of the training; its predictions are beside it.
+        job: the training.
+        world: ranks, one.
+        title: printed when a training begins.
+    """
+    if file.exists():
+        return
+    print(title, file=sys.stderr, flush=True)
+    with trained_ranker(job, world) as ranker:
+        scores = Scores.of(ranker.predict(), ranker.features.behaviours, ranker.seconds)
+        facts = {"rows": ranker.rows, "seconds": ranker.seconds}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scores.write(file.with_suffix(".npz"))
+    # Last, since a training with its facts is whole.
+    write_json(file, facts)
+
+
+def run_file(folder: Path, seed: int, name: str) -> Path:
+    """Return the file of a training of :func:`train_once`, in a folder for the trainings that can be compared."""
+    return folder / f"seed-{seed}" / f"{slug(name)}.json"
+
+
+def read_runs(folder: Path, names: Iterable[str]) -> dict[str, dict[int, KeptRun]]:
+    """Return the finished trainings of a folder: name -> seed -> run, in the order of ``names``.
+
+    The scores are in the order of ``visit_id``.
+    """
+    found: dict[str, dict[int, KeptRun]] = {}
+    for name in names:
+        for file in sorted(folder.glob(f"seed-*/{slug(name)}.json")):
+            # The order of the rows depends on the batches.
+            scores = by_visit(Scores.read(file.with_suffix(".npz")))
+            seed = int(file.parent.name.removeprefix("seed-"))
+            found.setdefault(name, {})[seed] = KeptRun(scores, **json.loads(file.read_text()))
+    return found
+
+
+def by_visit(scores: Scores) -> Scores:
+    """Return scores in the order of ``visit_id``."""
+    return select(scores, np.argsort(scores.visit_id, kind="stable"))
+
+
+def select(scores: Scores, rows: np.ndarray) -> Scores:
+    """Return the scores of some rows, which are places or a mask."""
+    columns = ("user_id", "visit_id", "probability", "label", "mask")
+    return replace(scores, **{name: getattr(scores, name)[rows] for name in columns})
