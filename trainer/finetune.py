@@ -22,9 +22,10 @@ from trainer.config.paths import absolute_paths
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
 from trainer.llm.finetuning.adapter_card import training_sections
+from trainer.llm.finetuning.attention_choice import settled_attention
 from trainer.llm.finetuning.checkpoints import AdapterCheckpoints
 from trainer.llm.finetuning.option_evaluation import Options, evaluate, report_table
-from trainer.llm.finetuning.packed_attention import describe_attention, settled_attention
+from trainer.llm.finetuning.packed_attention import describe_attention
 from trainer.llm.finetuning.prepare import (
     deepspeed_settings,
     make_schedule,

@@ -34,7 +34,7 @@ from trainer.ranking.model_training import (
     train_model,
     write_results,
 )
-from trainer.ranking.setup import check_settings, split_in_time
+from trainer.ranking.setup import check_machines, check_settings, split_in_time
 from trainer.ranking.warm_start import check_source
 from trainer.report.run_report import write_last_report
 from trainer.runtime.determinism import use_deterministic_kernels
@@ -72,6 +72,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
     check_settings(config, data.spec, world.size, open_existing_store)
+    check_machines(config, world)
     begun = any(list_checkpoints(model / "checkpoints") for model in model_dirs(directory, config).values())
     if config.init_from.run and not begun:
         check_source(config)

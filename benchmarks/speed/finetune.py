@@ -49,7 +49,8 @@ from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import AttentionKind, FinetuneOptimizerConfig, LoraConfig
 from trainer.console.text_table import text_table
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
-from trainer.llm.finetuning.packed_attention import IMPLEMENTATIONS, choose_attention, count_pairs
+from trainer.llm.finetuning.attention_choice import machine_problem
+from trainer.llm.finetuning.packed_attention import IMPLEMENTATIONS, count_pairs
 from trainer.llm.finetuning.packed_batch import IGNORED, TokenBatch
 from trainer.llm.finetuning.packing import Packs, Schedule
 from trainer.llm.finetuning.token_files import TokenCounts, Tokens
@@ -162,7 +163,8 @@ def run_ours(cell: FinetuneCell, shape: str, tokens: Tokens, world: World) -> di
     """Train some steps with our engine."""
     changes = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": shape == "7b"}, "gradient_clipping": 1.0}
     settings = complete_settings(changes, cell.rows, world.size, LANGUAGE_MODEL)
-    attention = choose_attention(world.device.type, packing=cell.packing)
+    flex = cell.packing and machine_problem("flex", world.device.type) is None
+    attention: AttentionKind = "flex" if flex else "sdpa"
     model = make_model(shape, cell.length, world.device, attention)
     engine = AdapterEngine(
         model, FinetuneOptimizerConfig(), settings, device=world.device, checkpointing=cell.checkpointing

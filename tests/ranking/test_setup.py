@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from trainer.config.ranker import JobConfig, parse_config
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
+from trainer.data.simulator.write_dataset import simulate
 from trainer.engine import build_engine
 from trainer.engine.hybrid_engine import DenseOptimizer, TableOptimizer
+from trainer.rank import run_job
 from trainer.ranking import setup
 from trainer.ranking.setup import loader_workers, split_in_time
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preemption
 
 DAY_MS = 86_400_000
 MAY_4 = 1_651_593_600_000
@@ -101,6 +106,25 @@ def test_weights_and_rates_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> 
     assert arguments["table_optimizer"] == TableOptimizer("adagrad", 0.2, 1e-4)
     assert arguments["dense_optimizer"] == DenseOptimizer(0.01, 0.3, (0.8, 0.95))
     assert arguments["batch_size"] == 32 and arguments["alignment"] is None
+
+
+def test_a_machine_without_a_compiler_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate(tmp_path / "world", users=30, days=2, partitions=2, seed=2)
+    monkeypatch.setattr(setup, "compiler_problem", lambda device: None)
+    monkeypatch.setattr(World, "first_problem", lambda world, problem: "on b (rank 8): train.compile = true: no C++")
+    config = parse_config(
+        {
+            "data": {"path": str(tmp_path / "world")},
+            "run": {"directory": str(tmp_path / "run")},
+            "train": {"compile": True, "device": "cpu"},
+        },
+        "test",
+    )
+    with World.join("cpu") as world, pytest.raises(UserError, match=r"^on b \(rank 8\): train\.compile = true: no C\+"):
+        run_job(config, world, Preemption())
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_limit_of_retractions_reaches_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

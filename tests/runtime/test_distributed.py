@@ -11,6 +11,7 @@ import torch
 
 from trainer.console.errors import UserError
 from trainer.console.exit_status import BROKEN_PIPE_STATUS
+from trainer.runtime import distributed
 from trainer.runtime.distributed import World, choose_device
 
 JOIN = """
@@ -21,7 +22,7 @@ from trainer.runtime.distributed import World
 def job():
     with World.join("cpu", timeout_seconds=20) as world:
         print(world.rank, world.size, world.agree(f"from {world.rank}"), world.gather(world.rank))
-        print(world.sum(world.rank + 1), world.max(world.rank))
+        print(world.sum(world.rank + 1), world.max(world.rank), world.first_problem("none here"))
 
 sys.exit(exit_status(job))
 """
@@ -37,7 +38,7 @@ def join(**environment: str) -> subprocess.CompletedProcess[str]:
 def test_one_process_needs_no_launcher_and_no_port() -> None:
     done = join()
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "0 1 from 0 [0]\n1 0\n"
+    assert done.stdout == "0 1 from 0 [0]\n1 0 none here\n"
 
 
 def test_a_port_in_use_is_named_in_one_line() -> None:
@@ -97,3 +98,29 @@ def test_a_rank_ends_quietly_when_the_reader_of_its_output_has_closed_the_pipe(s
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE_STATUS, "")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([None, None], None),
+        (["no compiler", "no compiler"], "no compiler"),
+        ([None, "no compiler", "no GPU", None], "on a (rank 1), b (rank 2): no compiler"),
+        ([None, None, "no compiler", "no compiler"], "on b (rank 2, 3): no compiler"),
+        ([None, *["x"] * 11], "on a (rank 1), b (rank 2, 3), c (rank 4, 5), d (rank 6, 7) and 2 more hosts: x"),
+    ],
+)
+def test_a_problem_of_some_hosts_is_one_line_on_all_ranks(
+    found: list[str | None], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts of two ranks each."""
+    hosts = [*"aabbccddeeff"]
+
+    def gathered(into: list[object], own: object, group: object) -> None:
+        assert own == (found[0], "a") and len(into) == len(found)
+        into[:] = zip(found, hosts, strict=False)
+
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gathered)
+    monkeypatch.setattr(distributed.platform, "node", lambda: "a")
+    world = World(0, len(found), torch.device("cpu"), control=None)  # type: ignore[arg-type]
+    assert world.first_problem(found[0]) == expected

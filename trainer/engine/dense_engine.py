@@ -258,15 +258,9 @@ def compile_network(module: nn.Module, backend: str, device: torch.device) -> No
     Raises:
         UserError: there is no C++ compiler.
     """
-    names = [os.environ.get("CXX", "g++")]
-    if device.type != "cpu":
-        # Triton takes a C compiler.
-        names += [os.environ.get("CC", "gcc"), "clang"]
-    if backend == INDUCTOR and not any(map(shutil.which, names)):
-        raise UserError(
-            f"train.compile = true: no C++ compiler is here ({', '.join(names)}), which torch.compile needs; install "
-            "one, or set train.compile=false"
-        )
+    problem = compiler_problem(device) if backend == INDUCTOR else None
+    if problem is not None:
+        raise UserError(problem)
     on_cpu = blocks.reads_lengths(device)
     for part in module.modules():
         if on_cpu and (isinstance(part, TargetAttention | SequenceAttention) or getattr(part, "compiled", False)):
@@ -274,6 +268,20 @@ def compile_network(module: nn.Module, backend: str, device: torch.device) -> No
         elif isinstance(part, TargetAttention | BatchedMLP):
             part.compiled = False
     module.compile(backend=backend, dynamic=True)
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Return why ``torch.compile`` cannot compile for a device on this machine; None if it can."""
+    names = [os.environ.get("CXX", "g++")]
+    if device.type != "cpu":
+        # Triton takes a C compiler.
+        names += [os.environ.get("CC", "gcc"), "clang"]
+    if any(map(shutil.which, names)):
+        return None
+    return (
+        f"train.compile = true: no C++ compiler is here ({', '.join(names)}), which torch.compile needs; install one, "
+        "or set train.compile=false"
+    )
 
 
 def check_settings(deepspeed: Any, settings: Mapping[str, Any], origin: str) -> None:

@@ -34,6 +34,7 @@ from trainer.data.loading.batch_plan import partitions_of_rank
 from trainer.data.loading.loader import FETCHED_AHEAD, SHARED_MEMORY, BatchFeatures, Loader
 from trainer.engine.build_engine import make_engine, rows_per_rank
 from trainer.engine.build_ranker import build_ranker
+from trainer.engine.dense_engine import compiler_problem
 from trainer.engine.history_alignment import Alignment
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.engine.step_loss import BehaviourLoss
@@ -314,6 +315,19 @@ def check_settings(
     return complete_settings(dense_settings(config.train), rows, ranks, origin=config.train.deepspeed)
 
 
+def check_machines(config: JobConfig, world: World) -> None:
+    """Check on every rank what a job needs of its machine. Collective.
+
+    Raises:
+        UserError: a machine lacks it; every rank raises the same line, which names the machine.
+    """
+    if config.train.compile is not True:
+        return
+    problem = world.first_problem(compiler_problem(world.device))
+    if problem is not None:
+        raise UserError(problem)
+
+
 def build_alignment(config: JobConfig, features: FeatureMap) -> Alignment | None:
     """Return the alignment of a job's histories, or ``None`` if the job has none."""
     wanted = config.alignment
@@ -335,8 +349,9 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
     """Build the model of a job: sharded tables and the dense network, with their optimizers. Collective.
 
     Raises:
-        UserError: the engine refuses a setting, with the reason.
+        UserError: the engine refuses a setting, or a machine lacks what it needs, with the reason.
     """
+    check_machines(config, world)
     weights = [config.train.weights.get(name, 1.0) for name in features.behaviours]
     return make_engine(
         config,

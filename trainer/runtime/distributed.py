@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import time
 import traceback
@@ -36,6 +37,9 @@ TIMEOUT_SECONDS = 1800
 LOST_PEER_SECONDS = 1.5
 """Delay before a rank ends because another one was lost. Launchers report the first rank that ends as the cause, and
 torchrun compares times in whole seconds."""
+
+_NAMED_HOSTS = 4
+"""Hosts that a message names."""
 
 
 @dataclass
@@ -168,6 +172,28 @@ class World:
         if message is not None:
             raise UserError(message)
         return result  # type: ignore[return-value]
+
+    def first_problem(self, problem: str | None) -> str | None:
+        """Return the first problem of all ranks, with the hosts that have one unless all ranks do. Collective.
+
+        Args:
+            problem: why this rank cannot do what the job asks; None if it can.
+        """
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (problem, platform.node()), group=self.control)
+        ranks_of: dict[str, list[int]] = {}
+        for rank, (text, host) in enumerate(found):
+            if text is not None:
+                ranks_of.setdefault(host, []).append(rank)
+        ranks = [rank for of_host in ranks_of.values() for rank in of_host]
+        if not ranks:
+            return None
+        first: str = found[min(ranks)][0]
+        if len(ranks) == self.size:
+            return first
+        hosts = [f"{host} (rank {', '.join(map(str, of_host))})" for host, of_host in ranks_of.items()]
+        more = f" and {len(hosts) - _NAMED_HOSTS} more hosts" if len(hosts) > _NAMED_HOSTS else ""
+        return f"on {', '.join(hosts[:_NAMED_HOSTS])}{more}: {first}"
 
     def gather(self, value: T) -> list[T] | None:
         """Return the values of all ranks, in order, on the first rank and ``None`` on the others. Picklable values."""

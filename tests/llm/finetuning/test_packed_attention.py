@@ -7,8 +7,6 @@ its gradients, on the same block masks. Flash attention is a loop over the seque
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,29 +18,21 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from tests.llm.tiny import CPU, adapted, job, samples, write_samples
-from trainer.checkpoint.run_directory import begin_run, load_finetune_run
+from tests.llm.tiny import CPU, adapted, samples
 from trainer.config.finetune import AttentionKind
-from trainer.console.errors import UserError
-from trainer.llm.finetuning import packed_attention
 from trainer.llm.finetuning.answer_loss import AnswerModel
 from trainer.llm.finetuning.packed_attention import (
     BLOCK,
     IMPLEMENTATIONS,
-    attention_of_model,
     block_mask,
-    check_attention,
-    choose_attention,
     count_pairs,
     describe_attention,
     row_multiple,
-    settled_attention,
 )
 from trainer.llm.finetuning.packed_batch import PADDING, TokenBatch
 from trainer.llm.finetuning.packing import epoch_packs
 from trainer.llm.finetuning.token_files import Tokens
 from trainer.llm.models.base_model import BaseModelFiles
-from trainer.runtime.distributed import World
 
 KINDS: tuple[AttentionKind, ...] = ("sdpa", "eager", "flex", "flash")
 
@@ -196,96 +186,3 @@ def test_pairs_of_a_dense_mask_are_all_of_a_row() -> None:
         "sequences"
     )
     assert "a dense mask; 41.0 times" in describe_attention("sdpa", [np.arange(21)] * 4, np.array([*[100] * 20, 48]))
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Triton compile for described GPUs."""
-    monkeypatch.setattr(packed_attention, "triton_compiles", lambda device: device.type == "cuda")
-
-
-def test_auto_is_flex_attention_on_gpus_for_packed_samples(compiler: None) -> None:
-    assert choose_attention("cuda", packing=True) == "flex"
-    assert {choose_attention("cpu", packing=True), choose_attention("cuda", packing=False)} == {"sdpa"}
-
-
-def test_a_gpu_without_a_compiler_keeps_the_dense_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_attention, "triton_compiles", lambda device: False)
-    assert choose_attention("cuda", packing=True) == "sdpa"
-    config = job(tmp_path, tmp_path / "run")
-    with pytest.raises(UserError, match=r"^model\.attention = 'flex': needs Triton and a C compiler .* or to 'sdpa'$"):
-        check_attention("flex", config, "cuda")
-
-
-@pytest.mark.parametrize(
-    ("kind", "device", "message"),
-    [
-        ("flex", "cpu", r"^model\.attention = 'flex': works on GPUs only, and this rank uses the CPU; set model\.att"),
-        ("flash", "cpu", "works on GPUs only"),
-        ("flash", "cuda", r"the package flash-attn is not installed, or cannot use this GPU; set model\.attention"),
-    ],
-)
-def test_an_attention_that_does_not_work_here_is_one_line(
-    tmp_path: Path, kind: AttentionKind, device: str, message: str
-) -> None:
-    config = job(tmp_path, tmp_path / "run")
-    for works in ("sdpa", "eager"):
-        check_attention(works, config, device)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=message):
-        check_attention(kind, config, device)
-
-
-def test_flash_attention_needs_bfloat16_and_no_promise_of_determinism(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
-    with pytest.raises(UserError, match=r"computes in bfloat16, which .*zero2\.json does not enable"):
-        check_attention("flash", job(tmp_path, tmp_path / "run"), "cuda")
-    half = {"deepspeed": "configs/deepspeed/llm_zero2_bf16.json"}
-    with pytest.raises(UserError, match=r"not deterministic, as train\.deterministic asks"):
-        check_attention("flash", job(tmp_path, tmp_path / "run", train={**half, "deterministic": True}), "cuda")
-    check_attention("flash", job(tmp_path, tmp_path / "run", train=half), "cuda")
-
-
-def test_a_model_with_dropout_of_attention_weights_is_refused() -> None:
-    config = SimpleNamespace(attention_dropout=0.1)
-    with pytest.raises(
-        UserError, match=r"attention_dropout = 0\.1 in its config\.json; set model\.attention to 'sdpa'"
-    ):
-        attention_of_model("flex", config)
-    assert attention_of_model("sdpa", config) == "sdpa"
-
-
-def test_a_model_with_narrow_heads_is_refused() -> None:
-    config = SimpleNamespace(attention_dropout=0.0, hidden_size=32, num_attention_heads=4)
-    with pytest.raises(UserError, match=r"heads of 16 values or more, and the model's have 8; set model\.attention to"):
-        attention_of_model("flex", config)
-    assert attention_of_model("sdpa", config) == "sdpa"
-    assert attention_of_model("flex", SimpleNamespace(**vars(config), head_dim=16)) == "flex_attention"
-
-
-def test_a_resumed_run_keeps_its_attention(tmp_path: Path, compiler: None) -> None:
-    write_samples(tmp_path)
-
-    def settled(run: str, device: str, **model: str) -> str:
-        """Return the attention of a job on a described device."""
-        world: Any = SimpleNamespace(device=torch.device(device), on_first_rank=lambda work: work())
-        return settled_attention(job(tmp_path, tmp_path / run, model=model), tmp_path / run, world).model.attention
-
-    assert (settled("new", "cuda"), settled("new", "cpu")) == ("flex", "sdpa")
-    with World.join("cpu") as world:
-        for kind in ("sdpa", "flex"):
-            (tmp_path / kind).mkdir()
-            # A job that names its attention, as every job of an earlier version does.
-            begin_run(tmp_path / kind, job(tmp_path, tmp_path / kind, model={"attention": kind}), world.size)
-            assert load_finetune_run(tmp_path / kind).model.attention == kind
-            assert settled(kind, "cuda") == kind
-        with pytest.raises(UserError, match="works on GPUs only"):
-            settled("flex", "cpu")
-        # Another one may be named, since it changes sums by rounding only.
-        assert settled("flex", "cpu", attention="sdpa") == "sdpa"
-        other = settled_attention(
-            job(tmp_path, tmp_path / "flex", model={"attention": "sdpa"}), tmp_path / "flex", world
-        )
-        begin_run(tmp_path / "flex", other, world.size)
-    assert load_finetune_run(tmp_path / "flex").model.attention == "sdpa"

@@ -1,4 +1,4 @@
-"""Attention of packed sequences: the implementation for a job, its inputs, and the pairs of tokens that it computes.
+"""Attention of packed sequences: the inputs of each implementation, and the pairs of tokens that it computes.
 
 A dense mask of a packed sequence makes attention compute all pairs of its tokens, although only those inside a sample
 count. On a GPU flex attention skips the blocks of pairs between samples, and flash attention takes each sample as a
@@ -9,21 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.run_directory import load_finetune_run
-from trainer.config.deepspeed import is_enabled
-from trainer.config.finetune import AttentionKind, FinetuneConfig
-from trainer.config.load import load_deepspeed
-from trainer.console.errors import UserError
+from trainer.config.finetune import AttentionKind
 from trainer.llm.finetuning.packed_batch import TokenBatch
 from trainer.llm.finetuning.packing import Packs
-from trainer.runtime.compilers import triton_compiles
-from trainer.runtime.distributed import World
 
 IMPLEMENTATIONS: dict[AttentionKind, str] = {
     "sdpa": "sdpa",
@@ -35,9 +28,6 @@ IMPLEMENTATIONS: dict[AttentionKind, str] = {
 
 BLOCK = 128
 """Tokens of an edge of a block of flex attention; PyTorch's default."""
-
-_LEAST_WIDTH = 16
-"""Smallest width of a head of flex attention on a GPU."""
 
 _COUNTED = 1024
 """Sequences of a job on which pairs are counted."""
@@ -57,83 +47,6 @@ class Pairs(NamedTuple):
 
     needed: int
     computed: int
-
-
-def settled_attention(config: FinetuneConfig, directory: Path, world: World) -> FinetuneConfig:
-    """Return a job whose ``model.attention`` is decided: that of the run in ``directory``, if any. Collective.
-
-    Args:
-        config: the job.
-        directory: directory of the run, which may not exist yet.
-        world: ranks of the job; the first one reads the run.
-
-    Raises:
-        UserError: the attention that is set, or that of the run, does not work here; or the run cannot be read.
-    """
-
-    def decide() -> AttentionKind:
-        kind = config.model.attention
-        if kind == "auto" and (directory / "config.json").exists():
-            kind = load_finetune_run(directory).model.attention
-        if kind == "auto":
-            return choose_attention(world.device.type, packing=config.data.packing)
-        check_attention(kind, config, world.device.type)
-        return kind
-
-    model = config.model.model_copy(update={"attention": world.on_first_rank(decide)})
-    return config.model_copy(update={"model": model})
-
-
-def choose_attention(device: str, *, packing: bool) -> AttentionKind:
-    """Return the attention that ``auto`` means in a new run on a type of device, ``cuda`` or ``cpu``."""
-    # Triton compiles flex attention; without a C compiler the dense mask needs more time, but works.
-    return "flex" if packing and triton_compiles(torch.device(device)) else "sdpa"
-
-
-def check_attention(kind: AttentionKind, config: FinetuneConfig, device: str) -> None:
-    """Check that an attention works for a job on a type of device.
-
-    Raises:
-        UserError: it does not; the line says which one does.
-    """
-    key, other = f"model.attention = {kind!r}", "set model.attention to 'auto' for a new run, or to 'sdpa'"
-    if kind in ("flex", "flash") and device != "cuda":
-        raise UserError(f"{key}: works on GPUs only, and this rank uses the {device.upper()}; {other}")
-    if kind == "flex" and not triton_compiles(torch.device(device)):
-        raise UserError(f"{key}: needs Triton and a C compiler (gcc or clang), and one of them is not here; {other}")
-    if kind != "flash":
-        return
-    from transformers.utils import is_flash_attn_2_available
-
-    # Without the package transformers would download kernels, which are code, from the hub.
-    if not is_flash_attn_2_available():
-        raise UserError(f"{key}: the package flash-attn is not installed, or cannot use this GPU; {other}")
-    if not is_enabled(load_deepspeed(config.train.deepspeed).get("bf16")):
-        raise UserError(f"{key}: computes in bfloat16, which {config.train.deepspeed} does not enable; {other}")
-    if config.train.deterministic:
-        raise UserError(f"{key}: its gradients are not deterministic, as train.deterministic asks; {other}")
-
-
-def attention_of_model(kind: AttentionKind, config: Any) -> str:
-    """Return transformers' name of an attention, for a model with a configuration of transformers.
-
-    Raises:
-        UserError: flex attention does not work for the model: it drops out attention weights, or its heads are narrow.
-    """
-    if kind != "flex":
-        return IMPLEMENTATIONS[kind]
-    if getattr(config, "attention_dropout", 0.0) > 0:
-        raise UserError(
-            f"model.attention = 'flex': the model has attention_dropout = {config.attention_dropout:g} in its "
-            "config.json; set model.attention to 'sdpa', or attention_dropout to 0"
-        )
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if width < _LEAST_WIDTH:
-        raise UserError(
-            f"model.attention = 'flex': needs heads of {_LEAST_WIDTH} values or more, and the model's have {width}; "
-            "set model.attention to 'sdpa'"
-        )
-    return IMPLEMENTATIONS[kind]
 
 
 def describe_attention(kind: AttentionKind, packs: Packs, lengths: Any) -> str:

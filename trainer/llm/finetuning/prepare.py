@@ -21,7 +21,7 @@ from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
 from trainer.llm.finetuning.adapter_engine import AdapterEngine, partitioned_loading
-from trainer.llm.finetuning.packed_attention import attention_of_model
+from trainer.llm.finetuning.packed_attention import IMPLEMENTATIONS
 from trainer.llm.finetuning.packing import Schedule
 from trainer.llm.finetuning.samples import ReadCounts, Sample, read_samples
 from trainer.llm.finetuning.token_files import Tokens, write_tokens
@@ -154,11 +154,11 @@ def start_engine(
         peft's wrapper of the model, and the engine that trains it.
 
     Raises:
-        UserError: the weights cannot be read, or the model does not fit the adapter, the attention or the settings.
+        UserError: the weights cannot be read, or the model does not fit the adapter or the settings.
     """
     # The same seed on every rank, because the adapter's initial values must be the same on all of them.
     start_random_states(config.run.seed, 0, 0)
-    attention = attention_of_model(config.model.attention, base.config)
+    attention = IMPLEMENTATIONS[config.model.attention]
     with partitioned_loading(settings):
         model = base.load(bf16=settings.get("bf16", {}).get("enabled", False), attention=attention)
     adapted = add_adapter(model, config.lora, base_path(config, directory))
