@@ -84,6 +84,7 @@ def recorded(dataset: Path, tmp_path_factory: pytest.TempPathFactory, request: p
     directory = tmp_path_factory.mktemp("run") / request.param
     more = (*SEARCHING, codes_beside(dataset), *vectors_beside(dataset)) if request.param == "fast_slow" else ()
     settings = [*JOB, *more, "stream.until=2024-03-05T13:00"]
+    settings.append("features.past={author={same='author'}, tag={same='tag'}, now={half_life_minutes=30}}")
     settings += ["train.batch_size=10", f"labels.policy={request.param}", f"data.path={dataset}"]
     found = Recorded(load_config("configs/moment.toml", [*settings, f"run.directory={directory}"]), directory)
     advance, predict, rate = TrainingState.advance, HybridEngine.predict, HybridEngine.set_learning_rate
@@ -196,6 +197,25 @@ def test_codes_and_vectors_in_the_stream_are_those_of_stored_rows(recorded: Reco
             else:
                 present[name.rpartition("_")[2]].update(vector is not None for vector in found[name])
     assert not names or min(min(count[True], count[False]) for count in present.values()) > 100
+
+
+def test_counts_of_past_visits_in_the_stream_are_those_of_stored_rows(recorded: Recorded, dataset: Path) -> None:
+    config, spec = recorded.config, DatasetSpec.load(dataset)
+    own = config.features.model_copy(update={"history": {}, "codes": {}, "content": {}})
+    features = FeatureMap(spec, own, FittedFeatures.load(recorded.directory / "features"))
+    counts = [place for place, name in enumerate(features.dense_names) if name.startswith("past:")]
+    assert len(counts) == 3 * (1 + len(spec.behaviours))
+    stored, histories = read_rows(dataset, spec), Histories(dataset, spec)
+    place_of = {visit: place for place, visit in enumerate(stored["visit_id"].tolist())}
+    distinct = set()
+    for result in recorded.steps:
+        places = [place_of[visit] for visit in result.batch.visit_id.tolist()]
+        rows = {name: column[places] for name, column in stored.items()}
+        expected = unpack(features.pack(rows, histories, rows["request_ms"]), features.layout, {}).dense[:, counts]
+        found = result.batch.dense[:, counts]
+        assert torch.equal(found, expected)
+        distinct.update(map(tuple, found.tolist()))
+    assert len(distinct) > 100
 
 
 def test_the_loss_of_a_step_is_that_of_the_policy(recorded: Recorded) -> None:

@@ -44,6 +44,7 @@ def data(world: Path) -> Dataset:
 @pytest.fixture(scope="module")
 def features(world: Path, data: Dataset) -> PairFeatures:
     settings = ("towers.content_only=0.5", 'towers.unseen="content"', "towers.log_q_hours=0")
+    settings += ("features.past.user={half_life_minutes=60}",)
     file, *overrides = job_arguments(world, world / "run", *settings)
     config = load_align(file, overrides)
     fitted = fit_features(data.spec, data.store, data.histories, config.features, TRAINING)
@@ -188,6 +189,7 @@ def test_the_towers_read_features_of_their_own_side_only(features: PairFeatures)
     assert {sides[place] for place in inputs.author_ids["side"]} == {"author"}
     names = features.base.dense_names
     assert {names[k].split(":")[1] for k in inputs.user_dense} == {"user"}
+    assert {names[k].split(":")[0] for k in inputs.user_dense} == {"stat", "past"}
     assert {names[k].split(":")[1] for k in inputs.author_dense} == {"author"}
     assert inputs.content == len(names) and inputs.vector_dim == 128
     assert [history[0] for history in inputs.histories] == ["short_item", "live_item"]

@@ -232,6 +232,7 @@ def test_a_run_refuses_other_vectors_than_it_began_with(run: Path, world: Path, 
         (["towers.log_q_hours=-1"], "towers.log_q_hours = -1: input should be greater than or equal to 0"),
         (["towers.unseen='ids'"], "towers.unseen = 'ids': input should be 'content' or 'unknown_id'"),
         (["features.history.live.search='author'"], 'which the user\'s tower does not know; use "latest"'),
+        (["features.past.near.same='tag'"], 'which the user\'s tower does not know; use "any"'),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.features.dense_inputs import statistic_name
+from trainer.data.features.past_counts import PastCounts
 from trainer.data.features.segment_index import SegmentIndex
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS, Rows
@@ -45,7 +46,10 @@ def row_documents(model: ExportedModel, path: str, candidates: Columns) -> list[
     space = None if model.space is None else model.space.at(model.space.newest)
     slices = model.features.read_histories(rows, model.data.histories, rows["request_ms"], space)
     starts = {name: np.cumsum(visits.lengths) - visits.lengths for name, visits in slices.items()}
-    counts = rows["stat"].reshape(len(rows["user_id"]), len(spec.statistics), -1)
+    past = PastCounts(spec, model.config.features)
+    of_past = past.read(rows, model.data.histories, rows["request_ms"])
+    names = (*map(statistic_name, spec.statistics), *past.keys)
+    counts = np.concatenate([rows["stat"], of_past], axis=1).reshape(len(rows["user_id"]), len(names), -1)
     of_rows, of_visits = codes_of(model, rows, slices)
     vectors = vectors_of(model, rows)
     documents = []
@@ -77,8 +81,8 @@ def row_documents(model: ExportedModel, path: str, candidates: Columns) -> list[
                 "side": {side.name: int(rows["side"][row, k]) for k, side in enumerate(spec.side)},
                 "dense": {dense.name: float(rows["dense"][row, k]) for k, dense in enumerate(spec.dense)},
                 "statistics": {
-                    statistic_name(key): dict(zip(("rows", *spec.behaviours), map(int, counts[row, k]), strict=True))
-                    for k, key in enumerate(spec.statistics)
+                    name: dict(zip(("rows", *spec.behaviours), map(float, counts[row, k]), strict=True))
+                    for k, name in enumerate(names)
                 },
                 "histories": histories,
                 **({"codes": {set_: codes[row] for set_, codes in of_rows.items()}} if of_rows else {}),

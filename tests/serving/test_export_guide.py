@@ -42,6 +42,7 @@ HISTORIES = """features.history={
     author={domain="live", search="author", length=3}, top={domain="video", search="top", length=4}}"""
 HISTORIES = " ".join(HISTORIES.split())
 RICH = (HISTORIES, "features.tags=true", 'features.author_side=["style"]', "features.side.dim=4")
+PAST = "features.past={topic={same='tag', domain='live'}, author={same='author'}, now={half_life_minutes=600}}"
 CODES = (
     'features.codes.raw={file="CODES", dim=8, prefix_rows=7}',
     'features.codes.last={file="CODES", levels=2, tables="prefixes", history="none"}',
@@ -61,7 +62,7 @@ MODELS = {
     "ple-multi_head": ("model.kind=ple", "model.attention_kind=multi_head", "features.author.ids=lookup", *RICH),
     "cgc-twin": ("model.kind=cgc", "model.attention_kind=twin", "features.item.dim=32", *RICH),
     "mmoe-hash": (
-        *("model.kind=mmoe", "features.item.ids=hash", "features.item.rows=37", "features.user.ids=hash"),
+        *("model.kind=mmoe", PAST, "features.item.ids=hash", "features.item.rows=37", "features.user.ids=hash"),
         *("features.user.rows=1000", "model.attention=[8]", "features.clip=0.5", "score.exponents.like=2.0"),
     ),
     "shared_bottom-dynamic": (
@@ -81,7 +82,7 @@ MODELS = {
         "model.attention_kind=multi_head",
         *RICH,
     ),
-    "logistic": ("model.kind=logistic", 'features.rates=["like"]', 'features.exclude=["domain", "age", "price"]'),
+    "logistic": ("model.kind=logistic", PAST, 'features.rates=["like"]', 'features.exclude=["domain", "age", "price"]'),
     "without-histories": ("features.history={}", 'features.exclude=["user_id", "stat:*", "tab", "load"]'),
     "without-inputs": (
         *("model.kind=shared_bottom", "features.history={}"),

@@ -141,7 +141,7 @@ class AlignConfig(Section):
 
     @model_validator(mode="after")
     def _check_histories(self) -> AlignConfig:
-        """Refuse histories that depend on a candidate, which the user's tower does not know, and codes."""
+        """Refuse histories and counts that depend on a candidate, which the user's tower does not know, and codes."""
         for name in ("codes", "content"):
             if getattr(self.features, name):
                 raise ValueError(f"features.{name}: the towers read data.vectors alone; remove the section")
@@ -150,6 +150,12 @@ class AlignConfig(Section):
                 raise ValueError(
                     f"features.history.{name}.search = {history.search!r}: a search by the candidate, which the user's "
                     'tower does not know; use "latest"'
+                )
+        for name, past in self.features.past.items():
+            if past.same != "any":
+                raise ValueError(
+                    f"features.past.{name}.same = {past.same!r}: counts of visits that share something with the "
+                    'candidate, which the user\'s tower does not know; use "any"'
                 )
         return self
 

@@ -136,6 +136,24 @@ class HistoryConfig(BaseModel):
         return self
 
 
+class PastConfig(BaseModel):
+    """Counts of the user's past visits and of their behaviours, as numbers of a row."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    domain: Literal["video", "live", "both"] = Field("both", description="Domain of the visits that count.")
+    same: Literal["any", "author", "item", "tag"] = Field(
+        "any",
+        description="What a visit must share with the candidate to count: its author, its item, the tag of its item, "
+        "or nothing (`any`). The last 10,000 visits of the user that ended before the request are looked at.",
+    )
+    half_life_minutes: float = Field(
+        0.0,
+        ge=0,
+        description="Minutes after the end of a visit in which its weight falls by half. 0: all visits count alike.",
+    )
+
+
 class SearchConfig(BaseModel):
     """Search vectors with which histories with ``search = "top"`` are compared with the candidate."""
 
@@ -285,6 +303,11 @@ class FeatureConfig(BaseModel):
     history: dict[str, HistoryConfig] = Field(
         {"short": HistoryConfig(domain="video"), "live": HistoryConfig(domain="live")},
         description="Histories by name; each one becomes a sequence for target attention.",
+    )
+    past: dict[str, PastConfig] = Field(
+        {},
+        description="Counts of the user's past visits by name. Each one becomes a number for the visits and a rate "
+        "for each behaviour of `rates`, smoothed as the statistics are.",
     )
     tags: bool = Field(
         False,

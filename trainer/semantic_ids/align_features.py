@@ -181,6 +181,8 @@ def tower_inputs(features: PairFeatures) -> TowerInputs:
     def dense(of: str) -> tuple[int, ...]:
         named = {feature.name for feature in spec.dense if feature.of == of}
         rates = tuple(f"{statistic_name(key)}:" for key in spec.statistics if _owned(spec, key, of))
+        # Counts of past visits that share nothing with a candidate are the user's; a job has no others.
+        rates += ("past:",) if of == "user" else ()
         return tuple(
             place for place, name in enumerate(base.dense_names) if name in named or (rates and name.startswith(rates))
         )

@@ -42,6 +42,7 @@ from trainer.data.features.feature_map import (
 )
 from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
 from trainer.data.features.id_map import hash_salt
+from trainer.data.features.past_counts import past_name
 from trainer.data.format.safetensors_header import read_header
 from trainer.data.format.schema import DOMAINS, DatasetSpec
 from trainer.engine.build_ranker import candidate_dense, candidate_ids
@@ -306,6 +307,8 @@ def _details(config: JobConfig, features: FeatureMap, origin: Mapping[str, Any])
         "hashes": bool(salts),
         "salts": {name: int(salt) for name, salt in salts.items()},
         "histories": bool(features.sequences),
+        "past_counts": [{"key": past_name(name), **past.model_dump()} for name, past in own.past.items()],
+        "past_texts": _PAST,
         "past_domain": PAST_DOMAIN_RANGE in ranges,
         "domain": DOMAIN_RANGE in ranges,
         "tag": features.spec.tag if own.tags else "",
@@ -426,6 +429,14 @@ _SEARCHES = {
     "top": "those with the largest dot product with the candidate, by the vectors of `search.pt`; in order of time",
 }
 """Search of a history -> visits that it selects."""
+
+_PAST = {
+    "any": "all of them",
+    "author": "those to the candidate's author",
+    "item": "those to the candidate's item",
+    "tag": "those to items of the candidate's tag, none if that is 0",
+}
+"""What visits share with the candidate -> visits that are counted."""
 
 _ATTENTIONS = {
     "mean": "It is the mean of the visits.",

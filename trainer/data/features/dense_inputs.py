@@ -1,4 +1,4 @@
-"""Dense inputs before standardisation: float columns of the rows, and rates from the time-ordered statistics."""
+"""Dense inputs before standardisation: float columns of the rows, and rates from statistics and past visits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 
 from trainer.config.features import FeatureConfig
 from trainer.console.errors import UserError
+from trainer.data.features.past_counts import PastCounts
+from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.statistics import smoothed_rates
 
@@ -38,7 +40,8 @@ class DenseInputs:
 
     Attributes:
         names: names of the columns: the dense features, then ``stat:KEY:BEHAVIOUR`` (a logit) by key and behaviour,
-            then ``stat:KEY:rows`` (a logarithm) by key.
+            then ``past:NAME:BEHAVIOUR`` of the counts of past visits, then ``stat:KEY:rows`` and ``past:NAME:rows``
+            (logarithms) by key.
     """
 
     def __init__(self, spec: DatasetSpec, config: FeatureConfig) -> None:
@@ -50,19 +53,29 @@ class DenseInputs:
         rates = config.rates or spec.behaviours
         self._rates = [spec.behaviours.index(behaviour) for behaviour in rates]
         self._spec, self._smoothing = spec, config.smoothing
-        keys = [statistic_name(spec.statistics[k]) for k in self._keys]
+        self._past = PastCounts(spec, config)
+        keys = [*(statistic_name(spec.statistics[k]) for k in self._keys), *self._past.keys]
         self.names: tuple[str, ...] = (
             *(spec.dense[k].name for k in self._features),
             *(f"{key}:{behaviour}" for key in keys for behaviour in rates),
             *(f"{key}:rows" for key in keys),
         )
 
-    def raw(self, rows: Rows, prior: np.ndarray) -> np.ndarray:
+    def prepare(self, histories: Histories) -> None:
+        """Compile the counting of past visits, so that worker processes need not do it each."""
+        self._past.prepare(histories)
+
+    def raw(
+        self, rows: Rows, prior: np.ndarray, histories: Histories | None = None, as_of_ms: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return the values of the inputs, ``[n, len(names)]`` float32.
 
         Args:
-            rows: rows with ``dense``, ``stat`` and, for messages, ``visit_id`` and ``request_ms``.
+            rows: rows with ``dense``, ``stat``, what counts of past visits compare with and, for messages,
+                ``visit_id`` and ``request_ms``.
             prior: overall rate of each behaviour, ``[behaviours]``.
+            histories: of the dataset; only counts of past visits need them.
+            as_of_ms: ``[n]`` int64, time as of which past visits are counted; None: the requests.
 
         Raises:
             UserError: a value is NaN or infinite.
@@ -71,10 +84,15 @@ class DenseInputs:
         out = np.empty((n, len(self.names)), np.float32)
         features = len(self._features)
         out[:, :features] = rows["dense"][:, self._features]
-        if self._keys and n:
-            counts = rows["stat"].reshape(n, len(self._spec.statistics), 1 + len(self._spec.behaviours))
+        if (self._keys or self._past.keys) and n:
+            width = 1 + len(self._spec.behaviours)
+            counts = rows["stat"].reshape(n, len(self._spec.statistics), width)[:, self._keys]
+            if self._past.keys:
+                assert histories is not None, "counts of past visits need histories"
+                past = self._past.read(rows, histories, rows["request_ms"] if as_of_ms is None else as_of_ms)
+                counts = np.concatenate([counts, past.reshape(n, -1, width)], axis=1)
             # Column 0 of a key is its number of rows, which every rate needs as the denominator.
-            chosen = counts[:, self._keys][:, :, [0, *(1 + k for k in self._rates)]]
+            chosen = counts[:, :, [0, *(1 + k for k in self._rates)]]
             rates = prior[self._rates]
             strength = smoothing_strength(rates, self._smoothing)
             out[:, features:] = smoothed_rates(chosen.reshape(n, -1), rates, strength)

@@ -171,6 +171,7 @@ class FeatureMap:
     def prepare(self, histories: Histories, space: Space | None = None) -> None:
         """Do the work that this process and its forked processes can share; optional, but packing is slower without."""
         self._sequences.prepare(histories, space)
+        self._inputs.prepare(histories)
         if self._content is not None:
             nobody = np.zeros(0, np.int64)
             rows = {f"{name}_id": nobody for name in ID_TABLES}
@@ -222,7 +223,7 @@ class FeatureMap:
         floats = torch.empty(sum(self.layout.float_sizes(n)))
         dense, label, mask = _split(floats.numpy(), self.layout.float_sizes(n))
         standardised = dense.reshape(n, self.n_dense)
-        np.subtract(self._inputs.raw(rows, self.fitted.prior), self.fitted.mean, out=standardised)
+        np.subtract(self._inputs.raw(rows, self.fitted.prior, histories, as_of_ms), self.fitted.mean, out=standardised)
         standardised /= self.fitted.deviation
         np.clip(standardised, -self._clip, self._clip, out=standardised)
         # Masked labels become 0, so that no result depends on an undefined value.
@@ -437,6 +438,12 @@ def check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[s
     if config.tags and (not spec.tag or spec.tag in config.exclude):
         why = f"{spec.tag!r} is in features.exclude" if spec.tag else "the dataset was built without `tag`"
         raise UserError(f"features.tags = true: histories have no tags, because {why}")
+    for name, past in config.past.items():
+        if past.same == "tag" and not spec.tag:
+            raise UserError(
+                f'features.past.{name}.same = "tag": histories have no tags, because the dataset was built without '
+                '`tag`; "any", "author" and "item" need none'
+            )
     of_authors = [side.name for side in spec.side if side.of == "author"]
     for name in config.author_side:
         if name not in of_authors:

@@ -148,7 +148,8 @@ def fit_features(
     Args:
         spec: description of the dataset.
         store: rows of the dataset.
-        histories: histories of the dataset; read as of the end of the range, and only if a table has ids = "lookup".
+        histories: histories of the dataset; read as of the end of the range if a table has ids = "lookup", and as of
+            each row for counts of past visits.
         config: the ``[features]`` section of the job.
         selection: the training range.
         tables: opened tables of pre-trained vectors, by name.
@@ -167,7 +168,7 @@ def fit_features(
     inputs = DenseInputs(spec, config)
     prior = _prior(spec, store, selection)
     check_authors(files, (columns["author_id"] for columns in _selected(store, selection, SAMPLE_ROWS)))
-    mean, deviation = _moments(inputs, store, selection, prior)
+    mean, deviation = _moments(inputs, store, histories, selection, prior)
     author_side = read_author_side(store.path, spec, config.author_side) if config.author_side else None
     for name, table in (tables or {}).items():
         _check_owners(name, config.content[name], table, store, selection)
@@ -237,7 +238,7 @@ def _prior(spec: DatasetSpec, store: RowStore, selection: Selection) -> np.ndarr
 
 
 def _moments(
-    inputs: DenseInputs, store: RowStore, selection: Selection, prior: np.ndarray
+    inputs: DenseInputs, store: RowStore, histories: Histories, selection: Selection, prior: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of the dense inputs, each ``[n_dense]``.
 
@@ -245,7 +246,7 @@ def _moments(
     """
     count, mean, squares = 0, np.zeros(len(inputs.names)), np.zeros(len(inputs.names))
     for columns in _selected(store, selection, SAMPLE_ROWS):
-        values = inputs.raw(columns, prior).astype(np.float64)
+        values = inputs.raw(columns, prior, histories).astype(np.float64)
         n = len(values)
         if n:
             # Sums of squares about each mean are merged: plain sums of squares would cancel for large values.

@@ -171,8 +171,8 @@ class Histories:
         """Return a column of all entries, ``[entries]``, which callers must not change.
 
         The columns are ``item_id``, ``author_id``, ``request_ms``, ``play_ms``, ``bits`` and ``tag`` as in
-        :class:`HistorySlice`, and ``ordinal`` (int32), the position of an entry among all visits of its user. Only the
-        entries in :meth:`runs` were known at a time.
+        :class:`HistorySlice`, ``known_ms`` (int64), the end of a visit, and ``ordinal`` (int32), the position of an
+        entry among all visits of its user. Only the entries in :meth:`runs` were known at a time.
         """
         return self._entries[name]
 
