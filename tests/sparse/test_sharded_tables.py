@@ -37,7 +37,12 @@ def world() -> Iterator[World]:
 
 
 def make(
-    world: World, optimizer: TableOptimizer, declared: list[Table] = TABLES, *, device_form: bool = False
+    world: World,
+    optimizer: TableOptimizer,
+    declared: list[Table] = TABLES,
+    *,
+    device_form: bool = False,
+    deduplicate: bool = True,
 ) -> ShardedTables:
     lookups = [lookup for lookup in LOOKUPS if lookup.table in {table.name for table in declared}]
     return ShardedTables(
@@ -51,6 +56,7 @@ def make(
         clock=PhaseClock(world.device),
         control=world.control,
         device_form=device_form,
+        deduplicate=deduplicate,
     )
 
 
@@ -100,14 +106,42 @@ def test_rows_have_initial_values_and_are_trained(world: World, path: str) -> No
         torch.testing.assert_close(after[name], rows)
 
 
-@pytest.mark.parametrize(("user", "bad"), [([10, 0], 10), ([0, -1], -1)])
-def test_an_id_outside_its_table_is_an_error(world: World, user: list[int], bad: int) -> None:
-    sharded = make(world, TableOptimizer("rowwise_adagrad", 0.1))
-    exchanges = sharded.exchanges([ids(user=user, item=[0, 0], seen=[]), WIDE])
+@pytest.mark.parametrize("deduplicate", [False, True])
+@pytest.mark.parametrize("form", ["cpu", "beside dynamic tables", "torchrec"])
+@pytest.mark.parametrize(
+    ("user", "seen", "message"),
+    [
+        ([10, 0], [], "id 10 is not a row of table 'user', which has 10"),
+        ([0, -1], [], "id -1 is not a row of table 'user', which has 10"),
+        ([9, 0], [6, 7], "id 7 is not a row of table 'item', which has 7"),
+        ([9, 0], [0, -(2**63)], f"id {-(2**63)} is not a row of table 'item', which has 7"),
+        ([2**63 - 1, 0], [0], f"id {2**63 - 1} is not a row of table 'user', which has 10"),
+    ],
+)
+def test_an_id_outside_its_table_is_an_error(
+    world: World, user: list[int], seen: list[int], message: str, form: str, deduplicate: bool
+) -> None:
+    """A GPU finds it without waiting, and nothing is looked up or trained on it."""
+    # The wide table has another width, and so an exchange of its own.
+    declared = [*TABLES[:2], replace(TABLES[2], dim=4, dynamic=Dynamic(1, "recency"))]
+    dynamic = form == "beside dynamic tables"
+    sharded = make(
+        world,
+        TableOptimizer("rowwise_adagrad", 0.1),
+        declared if dynamic else TABLES,
+        device_form=form != "cpu",
+        deduplicate=deduplicate,
+    )
+    keyed = ids(user=user, item=[0, 0], seen=seen)
+    if dynamic:
+        keyed = KeyedJaggedTensor.concat([keyed, WIDE])
+    before = [shard.values.clone() for shard in sharded.shards()]
     with pytest.raises(UserError) as raised:
-        exchanges[0].start()
-    for word in ("'user'", f"id {bad} ", "10"):
-        assert word in str(raised.value)
+        for exchange in sharded.exchanges([keyed] if dynamic else [keyed, WIDE]):
+            exchange.start()
+            exchange.send()
+    assert str(raised.value) == message
+    assert all(torch.equal(shard.values, values) for shard, values in zip(sharded.shards(), before, strict=True))
 
 
 def test_a_refused_sharding_is_an_error_before_anything_is_allocated(world: World) -> None:

@@ -18,6 +18,7 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.runtime.phase_timer import PhaseClock
+from trainer.sparse.range_check import RangeCheck
 
 Gradients = Mapping[str, Sequence[Tensor]]
 """Lookup name -> gradients of consecutive micro-batches, in order."""
@@ -64,14 +65,23 @@ class TorchRecExchange:
         self._collection, self._ids, self._clock = collection, ids, clock
         self._context = collection.create_context()
         self._rows: dict[str, Tensor] = {}
+        self._tables = {key: table for table in collection._embedding_configs for key in table.feature_names}
 
     def start(self) -> None:
         """Start TorchRec's input distribution; see :meth:`Exchange.start`."""
         self._stream = torch.cuda.current_stream() if self._clock.device.type == "cuda" else None
+        keys: list[str] = self._ids.keys()
+        tables = [self._tables[key] for key in keys]
+        self._check = RangeCheck(self._ids.values(), self._ids.length_per_key(), tables)
         self._incoming = self._collection.input_dist(self._context, _at_least_one_row(self._ids))
 
     def send(self) -> None:
-        """Start to send the ids; see :meth:`Exchange.send`."""
+        """Start to send the ids; see :meth:`Exchange.send`.
+
+        Raises:
+            UserError: an id is outside its table.
+        """
+        self._check.raise_if_outside()
         with self._clock.phase("communication"):
             # The first wait of TorchRec's awaitable gives the sizes; the second one, in ``rows``, gives the ids.
             self._incoming = self._incoming.wait()

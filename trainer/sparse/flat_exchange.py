@@ -5,7 +5,8 @@ repeats all of it in the backward pass. On a CPU these copies, and fbgemm's kern
 the work itself. Here a rank sorts its ids by owner, sends them, and undoes the sorting when the rows return.
 
 On a GPU this exchange carries the tables of a collection that has a dynamic table. There the host waits for the device
-once, in ``send``, for the numbers of ids that the ranks send to each other; on one rank it never waits.
+once, in ``send``, for the numbers of ids that the ranks send to each other, and for the check of their range. Both were
+queued when the exchange started, on a stream of their own.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.console.errors import UserError
 from trainer.runtime.host_copy import to_device
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.cpu_kernel import CpuKernel
 from trainer.sparse.device_kernel import DeviceKernel, inverse
 from trainer.sparse.exchange import Gradients, on_stream, pass_to_current_stream
+from trainer.sparse.range_check import RangeCheck, check_range
 
 
 class FlatRouting:
@@ -111,12 +112,13 @@ class FlatExchange:
         by_lookup, sizes = ids.values().split(ids.length_per_key()), ids.length_per_key()
         self._ids_by_lookup = [by_lookup[i] for i in routing.positions]
         self._sizes = [sizes[i] for i in routing.positions]
+        self._check: RangeCheck | None = None
 
     def start(self) -> None:
         """Sort the ids by owner and start to exchange their numbers.
 
         Raises:
-            UserError: an id is outside its table; the device form does not look.
+            UserError: an id is outside its table; of the device form, :meth:`send` raises it.
         """
         on_gpu = self._routing.device.type == "cuda"
         self._stream = torch.cuda.current_stream() if on_gpu else None
@@ -125,8 +127,14 @@ class FlatExchange:
         self._counts, self._work = self._all_to_all(self._own_counts, one_each, one_each)
 
     def send(self) -> None:
-        """Wait for the numbers of ids and start to send the ids."""
+        """Wait for the numbers of ids and start to send the ids.
+
+        Raises:
+            UserError: an id is outside its table.
+        """
         self._wait()
+        if self._check is not None:
+            self._check.raise_if_outside()
         # One copy to the host for both, since each would wait for the device.
         own, self._segments = torch.stack([self._own_counts, self._counts]).tolist()
         self._sent, self._received = ([sum(of_rank) for of_rank in counts] for counts in (own, self._segments))
@@ -162,8 +170,12 @@ class FlatExchange:
         routing = self._routing
         if not routing.device_form:
             for table, ids in zip(routing.tables, ids_by_lookup, strict=True):
-                _check_range(table.name, table.num_embeddings, ids)
+                check_range(table, ids)
         joined = torch.cat(list(ids_by_lookup))
+        if routing.device_form:
+            # Before anything that would read or write outside of a table's memory.
+            self._check = RangeCheck(joined, self._sizes, routing.tables)
+            joined = self._check.inside
         return self._bucketize(joined) if routing.cut else (self._whole_table_counts(), joined)
 
     def _whole_table_counts(self) -> Tensor:
@@ -252,11 +264,3 @@ class FlatExchange:
         if self._work is not None:
             with self._clock.phase("communication"):
                 self._work.wait()
-
-
-def _check_range(table: str, rows: int, ids: Tensor) -> None:
-    """Raise a UserError if an id is negative or at least ``rows``."""
-    if len(ids):
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= rows:
-            raise UserError(f"id {low if low < 0 else high} is not a row of table {table!r}, which has {rows:,}")

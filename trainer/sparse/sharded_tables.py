@@ -126,8 +126,8 @@ class ShardedTables:
     def exchanges(self, ids: Sequence[KeyedJaggedTensor]) -> list[Exchange]:
         """Return the exchanges of a batch, to be started in this order on every rank.
 
-        Their ``start`` raises a UserError for an id outside its table on a CPU. On a GPU fbgemm reports it,
-        except next to dynamic tables, where nothing looks.
+        Their ``start`` raises a UserError for an id outside its table on a CPU. On a GPU ``send`` raises it, which does
+        not wait for a check at ``start``.
 
         Args:
             ids: ids of this rank, one ``KeyedJaggedTensor`` for each collection.
