@@ -29,9 +29,9 @@ def users(seed: int, correlation: float | None) -> Users:
 @pytest.mark.parametrize("wanted", [0.0, 0.5, 0.9, 1.0])
 def test_interests_have_the_correlation_and_the_same_distribution(seed: int, wanted: float) -> None:
     video, live = users(seed, wanted).vector
-    found = [np.corrcoef(video[:, d], live[:, d])[0, 1] for d in range(video.shape[1])]
+    found = np.array([np.corrcoef(video[:, d], live[:, d])[0, 1] for d in range(video.shape[1])])
     # A run is wrong, not unlucky, beyond 4.5 standard errors; genres make the numbers of a vector less than normal.
-    assert found == pytest.approx(wanted, abs=4.5 * 1.2 / np.sqrt(USERS))
+    assert np.abs(found - wanted).max() < 4.5 * 1.2 / np.sqrt(USERS)
     assert live.std(axis=0) == pytest.approx(video.std(axis=0), rel=0.1)
     assert live.mean(axis=0) == pytest.approx(video.mean(axis=0), abs=0.1)
 
