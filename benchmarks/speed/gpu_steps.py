@@ -509,7 +509,7 @@ def _launches(step: Callable[[], object]) -> int:
 
 
 def _search_part(rows: int, entries: int, width: int, dtype: torch.dtype, seed: int) -> Any:
-    from modules.search.triton_kernel import DevicePart
+    from modules.search.tensor_search import DevicePart
 
     random = torch.Generator().manual_seed(seed)
     items = 1000 + rows * entries // 50

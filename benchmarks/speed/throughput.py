@@ -72,7 +72,7 @@ from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
 from trainer.console.text_table import text_table
 from trainer.data.features.feature_map import HistorySequence
-from trainer.data.features.history_sequences import Space
+from trainer.data.features.history_sequences import Searched
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec, Rows
@@ -165,10 +165,12 @@ class WorkloadFeatures:
         self.layout = BatchLayout((tuple(lookup.name for lookup in self.lookups),), DENSE, len(BEHAVIOURS))
         self._offsets = np.cumsum([0] + [rows for _, rows in SIDE[:-1]])
 
-    def prepare(self, histories: Histories, space: Space | None = None) -> None:
+    def prepare(self, histories: Histories, space: Searched | None = None) -> None:
         """Do nothing: there is nothing to compile or to look up before workers are forked."""
 
-    def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None) -> PackedBatch:
+    def pack(
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Searched | None = None
+    ) -> PackedBatch:
         """Return the batch of some rows, see ``trainer.data.features.feature_map.FeatureMap.pack``."""
         n = len(rows["visit_id"])
         past = histories.latest(rows["user_id"], as_of_ms, domain=0, length=LENGTH)

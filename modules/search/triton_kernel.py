@@ -1,4 +1,4 @@
-"""Search for the largest dot products on a GPU, in Triton. It is not wired into a job yet: only tests import it.
+"""Search for the largest dot products on a GPU, in Triton; ``tensor_search.py`` has the same in PyTorch's operations.
 
 Two kernels, neither of which sorts:
 
@@ -14,15 +14,12 @@ fused multiply-add rounds as an addition, and lanes are summed and joined in the
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-LANES = 16
-"""Same as in ``modules/search/cpu_intrinsics.py``, which is not imported because it needs numba."""
+from modules.search.tensor_search import DevicePart, check_parts
 
 SCORED = 128
 """Entries that one program of ``_score`` reads: one for each of its threads."""
@@ -32,22 +29,6 @@ SELECTED = 1024
 
 KEY_BYTES = 1 << 26
 """Largest memory of the keys; larger batches are searched in several parts. Small enough for second-level caches."""
-
-
-class DevicePart(NamedTuple):
-    """One part of a score, as :class:`modules.search.search.SearchPart`, with tensors of one device.
-
-    Attributes:
-        column: column of the history, int64 or int32: ids of its entries.
-        candidate: ``[n]`` int64, ids of the candidates.
-        vectors: ``[rows, width]`` float16 or int8, contiguous, width a multiple of 16; row 0 is zeros.
-        shift: added to the id in a history to get its row.
-    """
-
-    column: Tensor
-    candidate: Tensor
-    vectors: Tensor
-    shift: int = 0
 
 
 @triton.jit
@@ -196,10 +177,8 @@ def top(first: Tensor, stop: Tensor, length: int, *parts: DevicePart, longest: i
     Raises:
         ValueError: the vectors have a wrong type or width, or there are more than two parts.
     """
-    dtypes = {part.vectors.dtype for part in parts}
-    if len(parts) not in (1, 2) or len(dtypes) > 1:
-        raise ValueError(f"a search has one or two parts of one type, not {len(parts)} of {len(dtypes)}")
-    tables, queries = [_table(part) for part in parts], [_queries(part) for part in parts]
+    check_parts(parts)
+    tables, queries = [_table(part) for part in parts], [part.rows(part.candidate) for part in parts]
     out = torch.full((len(first), length), -1, dtype=torch.int64, device=first.device)
     if not len(first):
         return out
@@ -233,19 +212,5 @@ def top(first: Tensor, stop: Tensor, length: int, *parts: DevicePart, longest: i
 
 
 def _table(part: DevicePart) -> tuple[Tensor, int, Tensor, int]:
-    """Return column, shift, vectors and the number of their rows.
-
-    Raises:
-        ValueError: the vectors have a wrong type or width.
-    """
-    vectors = part.vectors
-    rows, width = vectors.shape
-    if vectors.dtype not in (torch.float16, torch.int8) or width % LANES or not vectors.is_contiguous():
-        raise ValueError(f"search vectors must be rows of float16 or int8, not {vectors.dtype} of width {width}")
-    return part.column, part.shift, vectors, rows
-
-
-def _queries(part: DevicePart) -> Tensor:
-    """Return the rows of the candidates' vectors, ``[n]`` int64; 0 for ids outside the table."""
-    query = part.candidate + part.shift
-    return torch.where((query > 0) & (query < len(part.vectors)), query, 0)
+    """Return column, shift, vectors and the number of their rows."""
+    return part.column, part.shift, part.vectors, len(part.vectors)

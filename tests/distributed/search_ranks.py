@@ -99,6 +99,11 @@ def main(out: Path, dataset: Path) -> None:
         outcome["workers"] = run(world, job(dataset, out / "workers", "data.workers=1", "data.prefetch=2"))
         outcome["stopped"] = run(world, job(dataset, out / "stopped"), STOP_AFTER)
         outcome["resumed"] = run(world, job(dataset, out / "stopped"))
+        on_device = "features.search.device=device"
+        outcome["device"] = run(world, job(dataset, out / "device", on_device, "data.workers=1", "data.prefetch=2"))
+        # Stopped with the searches on the device, and continued with those of the loader.
+        run(world, job(dataset, out / "changed", on_device), STOP_AFTER)
+        outcome["changed"] = run(world, job(dataset, out / "changed"))
         outcome["evaluated"] = evaluated(world, out / "through", through)
         if world.rank == 0:
             torch.save(outcome, out / "outcome.pt")

@@ -39,6 +39,16 @@ def test_batches_made_ahead_are_the_same(outcomes: dict[str, Any]) -> None:
     assert outcomes["workers"]["report"] == outcomes["through"]["report"]
 
 
+def test_searches_on_the_device_take_the_same_steps(outcomes: dict[str, Any]) -> None:
+    through, device, changed = outcomes["through"], outcomes["device"], outcomes["changed"]
+    assert device["losses"] == through["losses"] and device["report"] == through["report"]
+    assert 0 < len(changed["losses"]) < len(through["losses"])
+    assert changed["losses"] == through["losses"][-len(changed["losses"]) :]
+    for of_run in (device, changed):
+        for name, tensor in through["saved"].items():
+            assert torch.equal(tensor, of_run["saved"][name]), name
+
+
 def test_versions_are_copies_of_the_trained_tables_on_every_rank(outcomes: dict[str, Any]) -> None:
     steps = len(outcomes["through"]["losses"])
     numbers, same, sums = zip(*outcomes["versions"], strict=True)

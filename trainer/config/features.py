@@ -178,6 +178,15 @@ class SearchConfig(BaseModel):
         "vectors. Empty: the initial values of the tables, in which equal ids match and other ids are random.",
     )
 
+    device: Literal["cpu", "device", "auto"] = Field(
+        "cpu",
+        description="Where training, and the evaluation after it, search by dot product. `cpu`: in the loader's "
+        "processes. `device`: on the device of `train.device`, whose memory then holds the histories of the rank's "
+        "users and the search vectors; on a CPU with PyTorch's operations, which only tests need. `auto`: on a GPU if "
+        "the job allows it and half of the free memory is enough, else `cpu`. All find the same visits.",
+        json_schema_extra=MAY_CHANGE,
+    )
+
     @model_validator(mode="after")
     def _each_table_once(self) -> SearchConfig:
         """Check that no table is listed twice."""

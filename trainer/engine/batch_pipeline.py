@@ -6,7 +6,7 @@ Rows are looked up only after the tables have been trained on this batch: overla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -157,6 +157,7 @@ class BatchPipeline:
         clock: counts the phases of a step.
         control: a gloo group of all ranks.
         content: tables of pre-trained vectors.
+        complete: makes the searches that batches leave to the device.
     """
 
     def __init__(
@@ -168,7 +169,9 @@ class BatchPipeline:
         control: dist.ProcessGroup,
         *,
         content: tuple[ContentLayout, ...] = (),
+        complete: Callable[[RankingBatch], RankingBatch] | None = None,
     ) -> None:
+        self._complete = complete
         self._batches, self._tables, self._clock, self._control = batches, tables, clock, control
         self._stream = torch.cuda.Stream(clock.device) if clock.device.type == "cuda" else None
         with clock.phase("data"):
@@ -190,9 +193,12 @@ class BatchPipeline:
         self._empty = replace(self._empty, position=batch.position)
         with self._clock.phase("tables"):
             host = batch
-            if self._stream is not None:
-                with on_stream(self._stream):
+            with on_stream(self._stream):
+                if self._stream is not None:
                     batch = batch.to(self._clock.device, non_blocking=True)
+                if batch.left is not None:
+                    assert self._complete is not None, "a search is left to the device, and nothing makes it"
+                    batch = self._complete(batch)
             return InFlightBatch(
                 batch,
                 self._tables.exchanges(batch.ids),

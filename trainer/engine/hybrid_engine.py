@@ -169,6 +169,8 @@ class HybridEngine:
         reads_later: True if losses are read when the next step is queued.
         zero_stage: DeepSpeed's ZeRO stage.
         steps_done: number of optimizer steps so far.
+        complete: makes, on the stream that batches are copied on, the searches that they leave to the device; None if
+            they leave none. The loader and this function belong together, so it is set beside the loader.
 
     Raises:
         UserError: settings that cannot be combined, with the reason; or tables that do not fit into memory.
@@ -235,6 +237,7 @@ class HybridEngine:
         self.table_optimizer = table_optimizer
         self.zero_stage = self._dense.zero_stage
         self.steps_done = 0
+        self.complete: Callable[[RankingBatch], RankingBatch] | None = None
         self.reads_later = device.type == "cuda" if read_later is None else read_later
         # True while all losses so far are finite; read on the device only.
         self._finite = torch.ones((), dtype=torch.bool, device=device)
@@ -418,7 +421,15 @@ class HybridEngine:
     def _pipeline(self, batches: Iterator[RankingBatch]) -> BatchPipeline:
         """Return a pipeline over the batches; the time before it counts for no step."""
         self._clock.lap()
-        return BatchPipeline(batches, self._tables, self._loss.labels, self._clock, self.control, content=self._content)
+        return BatchPipeline(
+            batches,
+            self._tables,
+            self._loss.labels,
+            self._clock,
+            self.control,
+            content=self._content,
+            complete=self.complete,
+        )
 
     def _state(self) -> dict[str, Any]:
         """Return the state of tables and dense network over live memory. Collective."""

@@ -68,6 +68,8 @@ def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "
             parts["probability"].append(torch.sigmoid(logits.float()).cpu())
             missing.add(batch.missing)
             beyond += torch.tensor([batch.beyond.get(name, 0) for name in _BEYOND])
+            if batch.searched_beyond is not None:
+                beyond[_BEYOND.index("histories")] += batch.searched_beyond.cpu()
             progress.advance(batch.rows)
     dist.all_reduce(beyond, group=engine.control)
     if beyond.any() and dist.get_rank(engine.control) == 0:

@@ -14,6 +14,7 @@ from trainer.checkpoint.run_directory import compiled_parts
 from trainer.checkpoint.tracked_metrics import write_metrics
 from trainer.config.ranker import JobConfig
 from trainer.console.run_log import set_step
+from trainer.data.features.device_places import DevicePlaces
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.dataset import Dataset
@@ -21,6 +22,7 @@ from trainer.engine.hybrid_engine import HybridEngine
 from trainer.metrics.behaviour_metrics import Report
 from trainer.ranking.attention_examples import ATTENTION_EXAMPLES, HeldOutInputs, write_attention_examples
 from trainer.ranking.checkpoints import Checkpoints, Identity
+from trainer.ranking.device_histories import DeviceHistories, open_device_histories
 from trainer.ranking.evaluation import (
     CalibrationCurves,
     calibration_curve,
@@ -74,6 +76,7 @@ class ModelTraining:
         stream: of this rank, if the job trains on a stream.
         space: vectors that histories are searched with, if a search needs any.
         searching: renews ``space`` while the model is trained.
+        on_device: histories that the device searches; None if the loader searches.
     """
 
     kind: RankerKind
@@ -85,6 +88,12 @@ class ModelTraining:
     stream: TrainingStream | None
     space: SearchSpace | None
     searching: SearchSpaceRefresher | None
+    on_device: DeviceHistories | None
+
+    @property
+    def left_to(self) -> DevicePlaces | None:
+        """Places of the histories on the device that the loaders leave searches to."""
+        return None if self.on_device is None else self.on_device.places
 
 
 def finished_report(model_dir: Path, world: World) -> dict[str, Any] | None:
@@ -131,8 +140,11 @@ def prepare_model(
     searching = None if space is None else SearchSpaceRefresher(space, config, features, engine, world)
     if searching is not None:
         searching.begin()
+    on_device = open_device_histories(config, features, job.data.histories, space, world)
+    if on_device is not None:
+        engine.complete = on_device.complete
     set_step(state.step)
-    return ModelTraining(kind, model_dir, engine, state, position, checkpoints, stream, space, searching)
+    return ModelTraining(kind, model_dir, engine, state, position, checkpoints, stream, space, searching, on_device)
 
 
 def train_model(job: RankerJob, model: ModelTraining) -> None:
@@ -171,6 +183,7 @@ def train_model(job: RankerJob, model: ModelTraining) -> None:
         model.position,
         space=model.space,
         first_step=model.state.step,
+        left_to=model.left_to,
     )
     train(
         model.engine,
@@ -200,7 +213,7 @@ def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None,
     # Training is over and saved, so the weights of the last step are needed no more.
     model.engine.use_average()
     frozen = freeze_at_end_of_training(config, job.data, job.split)
-    loader = held_out_loader(config, job.data, job.split, job.features, job.world, frozen, model.space)
+    loader = held_out_loader(config, job.data, job.split, job.features, job.world, frozen, model.space, model.left_to)
     held_out = predict(model.engine, loader, quiet=job.world.rank > 0)
     control = job.world.control
     truth = read_truth(config.data.path, held_out, behaviours)

@@ -21,6 +21,7 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.code_inputs import OpenStore, check_codes
 from trainer.data.features.content_tables import check_places
+from trainer.data.features.device_places import DevicePlaces
 from trainer.data.features.feature_map import FeatureMap, check_names
 from trainer.data.features.fit import FittedFeatures, fit_features
 from trainer.data.features.search_vectors import SearchSpace
@@ -38,6 +39,7 @@ from trainer.engine.dense_engine import compiler_problem
 from trainer.engine.history_alignment import Alignment
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.engine.step_loss import BehaviourLoss
+from trainer.ranking.device_histories import check_device
 from trainer.runtime.cores import free_cores
 from trainer.runtime.distributed import World
 
@@ -178,6 +180,7 @@ def training_loader(
     *,
     space: SearchSpace | None = None,
     first_step: int = 0,
+    left_to: DevicePlaces | None = None,
 ) -> Loader:
     """Return the loader of this rank's training batches, shuffled inside time windows.
 
@@ -190,6 +193,7 @@ def training_loader(
         position: of all partitions, to continue from; the start by default.
         space: search vectors of the histories.
         first_step: steps done up to ``position``; it selects the version of ``space`` for each batch.
+        left_to: device that makes the searches by dot product; None if the loader makes them.
     """
     reading = _reading(config, world)
     logger.info(f"{world.placement}; loader processes for this rank: {reading['workers']}")
@@ -203,6 +207,7 @@ def training_loader(
         state=position,
         space=space,
         first_step=first_step,
+        left_to=left_to,
         **reading,
     )
 
@@ -215,6 +220,7 @@ def held_out_loader(
     world: World,
     frozen: FrozenStatistics | None,
     space: SearchSpace | None = None,
+    left_to: DevicePlaces | None = None,
 ) -> Loader:
     """Return the loader of this rank's held-out batches, in stored order.
 
@@ -228,6 +234,7 @@ def held_out_loader(
         as_of_limit_ms=None if frozen is None else split.train_until,
         frozen_statistics=frozen,
         space=space,
+        left_to=left_to,
         **_reading(config, world),
     )
 
@@ -296,13 +303,15 @@ def check_settings(
     Raises:
         UserError: the batch size is not a multiple of the ranks, there are more ranks than partitions, a weight or
             exponent names a behaviour that is not predicted, a feature, history, code file or table of vectors does
-            not exist, or the DeepSpeed settings cannot be read or are not supported.
+            not exist, histories cannot be searched on a device, or the DeepSpeed settings cannot be read or are not
+            supported.
     """
     rows = rows_per_rank(config, ranks)
     partitions_of_rank(spec.partitions, 0, ranks)
     check_names(spec, config.features, config.data.behaviours)
     check_codes(config.features.codes, open_store)
     check_places(config.features)
+    check_device(config)
     predicted = config.data.behaviours or spec.behaviours
     for key, names in (("train.weights", config.train.weights), ("score.exponents", config.score.exponents)):
         for name in names:

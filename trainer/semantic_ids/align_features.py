@@ -21,7 +21,7 @@ from trainer.console.errors import UserError
 from trainer.data.features.author_features import AuthorSide, read_author_side
 from trainer.data.features.dense_inputs import statistic_name
 from trainer.data.features.feature_map import FeatureMap
-from trainer.data.features.history_sequences import Space
+from trainer.data.features.history_sequences import Searched
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 from trainer.data.format import storage
 from trainer.data.format.dataset import Dataset, statistics_as_of
@@ -108,12 +108,14 @@ class PairFeatures:
         known = self.popularity.known(authors)
         return known if self.vocabulary is None else known & np.isin(authors, self.vocabulary)
 
-    def prepare(self, histories: Histories, space: Space | None = None) -> None:
+    def prepare(self, histories: Histories, space: Searched | None = None) -> None:
         """Do the work that this process and its forked processes can share."""
         self.base.prepare(histories, space)
         self.content.prepare()
 
-    def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None) -> PackedBatch:
+    def pack(
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Searched | None = None
+    ) -> PackedBatch:
         """Return the inputs of the positive rows; the arguments are those of ``FeatureMap.pack``.
 
         Raises:
@@ -129,7 +131,7 @@ class PairFeatures:
         rows: Rows,
         histories: Histories,
         as_of_ms: np.ndarray,
-        space: Space | None = None,
+        space: Searched | None = None,
         latest: np.ndarray | None = None,
     ) -> PackedBatch:
         """Return the inputs of all rows, positive or not; ``latest`` is for :meth:`ContentSource.read`."""

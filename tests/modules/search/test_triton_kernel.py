@@ -9,15 +9,16 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from modules.search import reference
 from modules.search.search import SearchPart, SearchVectors
 from tests.kernel_compilation import compiled_kernels
+from tests.modules.search.device_parts import expected, found_by, random_parts, random_runs
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,49 +34,12 @@ pytestmark = [
 ]
 
 
-def random_parts(
-    rng: np.random.Generator, parts: int, n: int, entries: int, dtype: type, ties: bool
-) -> list[SearchPart]:
-    """Return parts with tables of their own sizes and widths; some ids have no row, some rows no vector."""
-    found = []
-    for part in range(parts):
-        rows, width, column_type = 300 + part, 16 * int(rng.integers(1, 6)), (np.int64, np.int32)[part]
-        values = rng.integers(-1, 2, (rows, width)) if ties else rng.standard_normal((rows, width)) * 40
-        values = values.clip(-128, 127).astype(dtype)
-        values[0] = 0
-        column = rng.integers(-1, rows + 3, entries).astype(column_type)
-        found.append(SearchPart(column, rng.integers(-1, rows + 3, n), SearchVectors(values, shift=part)))
-    return found
-
-
 @pytest.fixture
 def search() -> Callable[..., list[list[int]]]:
     """Run the GPU search on NumPy arrays and return the places of each row."""
     from modules.search import triton_kernel
 
-    def run(
-        first: np.ndarray, stop: np.ndarray, length: int, parts: list[SearchPart], longest: int | None = None
-    ) -> list[list[int]]:
-        tensors = [
-            triton_kernel.DevicePart(
-                *(torch.from_numpy(array).to(DEVICE) for array in (part.column, part.candidate, part.vectors.values)),
-                part.vectors.shift,
-            )
-            for part in parts
-        ]
-        runs = (torch.from_numpy(array).to(DEVICE) for array in (first, stop))
-        places = triton_kernel.top(*runs, length, *tensors, longest=longest).cpu()
-        assert places.shape == (len(first), length)
-        counts = (places >= 0).sum(1)
-        assert all((row[count:] == -1).all() for row, count in zip(places, counts.tolist(), strict=True))
-        return [row[:count].tolist() for row, count in zip(places, counts.tolist(), strict=True)]
-
-    return run
-
-
-def expected(first: np.ndarray, stop: np.ndarray, length: int, parts: list[SearchPart]) -> list[list[int]]:
-    at, lengths = reference.top(first, stop, length, *parts)
-    return [row.tolist() for row in np.split(at, np.cumsum(lengths)[:-1])]
+    return partial(found_by, triton_kernel.top, DEVICE)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -84,13 +48,8 @@ def expected(first: np.ndarray, stop: np.ndarray, length: int, parts: list[Searc
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_gpu_finds_the_same(search: Callable, parts: int, dtype: type, ties: bool, length: int) -> None:
     rng = np.random.default_rng([length, parts, ties])
-    n = 7
-    first = rng.integers(0, ENTRIES + 1, n)
-    # Also rows with fewer entries than asked for, with exactly as many, with one more, and with none.
-    sizes = np.array([0, 1, length, length + 1, 1024, 1025, ENTRIES])
-    first = np.minimum(first, np.maximum(ENTRIES - sizes, 0))
-    stop = np.minimum(first + sizes, ENTRIES)
-    random = random_parts(rng, parts, n, ENTRIES, dtype, ties)
+    first, stop = random_runs(rng, ENTRIES, length)
+    random = random_parts(rng, parts, 7, ENTRIES, dtype, ties)
     assert search(first, stop, length, random) == expected(first, stop, length, random)
 
 

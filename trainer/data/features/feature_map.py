@@ -22,7 +22,7 @@ from trainer.data.features.code_inputs import CodeInputs, CodeReader
 from trainer.data.features.content_inputs import ContentReader, FoundVectors, content_layouts, content_lookups
 from trainer.data.features.dense_inputs import DenseInputs, statistic_name
 from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
-from trainer.data.features.history_sequences import HistoryReader, Space
+from trainer.data.features.history_sequences import HistoryReader, Searched, Space
 from trainer.data.features.id_map import IdMap
 from trainer.data.features.missing_inputs import VECTOR
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
@@ -34,6 +34,9 @@ ACTION_BITS = 12
 
 GAP_BUCKETS = 64
 """Number of buckets for the age of a past visit."""
+
+AGE_PLACE = 1
+"""Position of the age in the context of a history entry."""
 
 DOMAIN_RANGE, ACTIONS_RANGE, AGE_RANGE = "domain", "behaviours of a past visit", "age of a past visit"
 PAST_DOMAIN_RANGE = "domain of a past visit"
@@ -58,6 +61,22 @@ class HistorySequence(NamedTuple):
     query: tuple[str, ...]
     max_length: int
     alike: tuple[tuple[str, int, str, int], ...] = ()
+
+
+class EntryRows(NamedTuple):
+    """Ids of history entries in the tables, without their ages.
+
+    Attributes:
+        item: ``[n]`` int64, ids in the table ``item``.
+        author: ``[n]`` int64, ids in the table ``author``.
+        context: ``[n, context ids]`` int64, ids in the table ``side``, those of an age of 0.
+        beyond: number of direct ids beyond their tables.
+    """
+
+    item: np.ndarray
+    author: np.ndarray
+    context: np.ndarray
+    beyond: int
 
 
 class FeatureMap:
@@ -90,6 +109,9 @@ class FeatureMap:
         needs_space: True if a history searches by dot product.
         dense_names: names of the columns of ``dense``.
         n_dense: number of columns of ``dense``.
+        context_ids: number of ids in the context of a history entry.
+        direct: tables of entries whose ids are mapped directly.
+        dynamic: tables of entries whose ids get rows during training.
         layout: layout of the batches.
 
     Raises:
@@ -122,6 +144,11 @@ class FeatureMap:
             if not (name == "user" and "user_id" in config.exclude)
         }
         self._sequences = HistoryReader(spec, config, self._ids)
+        self.context_ids = self._side.context_ids
+        self.direct, self.dynamic = (
+            tuple(name for name in ("item", "author") if self._ids[name].mapping == mapping)
+            for mapping in ("direct", "dynamic")
+        )
         self.codes = CodeInputs(config.codes, fitted.codes, codes or {})
         self.author_side, self.needs_space = config.author_side, config.needs_space
         # Histories read the same tables as candidates, so an item has one embedding in both roles.
@@ -168,23 +195,25 @@ class FeatureMap:
             content=vectors,
         )
 
-    def prepare(self, histories: Histories, space: Space | None = None) -> None:
+    def prepare(self, histories: Histories, space: Searched | None = None) -> None:
         """Do the work that this process and its forked processes can share; optional, but packing is slower without."""
         self._sequences.prepare(histories, space)
         self._inputs.prepare(histories)
         if self._content is not None:
             nobody = np.zeros(0, np.int64)
             rows = {f"{name}_id": nobody for name in ID_TABLES}
-            self._content.prepare(rows, self.read_histories(rows, histories, nobody, space))
+            self._content.prepare(rows, self._sequences.read(rows, histories, nobody, space))
 
-    def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None) -> PackedBatch:
+    def pack(
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Searched | None = None
+    ) -> PackedBatch:
         """Return the model inputs of some rows, as a few flat tensors.
 
         Args:
             rows: n canonical rows.
             histories: histories of the dataset.
             as_of_ms: ``[n]`` int64; histories show visits known before this time, and their ages count from it.
-            space: search vectors, for histories that search by dot product.
+            space: what is searched by dot product. The ids of histories whose search is left to a device are zeros.
 
         Raises:
             UserError: codes cannot be read, a direct id is negative, a side value is outside the range of its feature,
@@ -192,11 +221,12 @@ class FeatureMap:
         """
         n = len(rows["visit_id"])
         # Histories come first: the number of their entries determines the size of the buffer.
-        slices = self.read_histories(rows, histories, as_of_ms, space)
-        lengths = self._lengths(n, slices)
+        slices, left = self._sequences.read_or_leave(rows, histories, as_of_ms, space)
+        lengths = self._lengths(n, {name: found.lengths for name, found in (slices | left).items()})
         ids_per_key = {key: int(each.sum()) for key, each in lengths.items()}
-        integers = torch.empty(sum(self.layout.integer_sizes(n, ids_per_key)), dtype=torch.int64)
-        places = _split(integers.numpy(), self.layout.integer_sizes(n, ids_per_key))
+        sizes = self.layout.integer_sizes(n, ids_per_key, len(left))
+        integers = torch.empty(sum(sizes), dtype=torch.int64)
+        places = _split(integers.numpy(), sizes)
         ids = {}
         for keys in self.layout.keys:
             ids.update({key: next(places) for key in keys})
@@ -205,6 +235,11 @@ class FeatureMap:
         for of_table in found:
             for of_lookup in of_table.places:
                 next(places)[:] = of_lookup
+        if left:
+            for of_rows in (as_of_ms, *(end for run in left.values() for end in (run.first, run.stop))):
+                next(places)[:] = of_rows
+        for key in (key for key, history in self._of_history.items() if history in left and key in ids):
+            ids[key][:] = 0
         for column in ("user_id", "visit_id", "request_ms"):
             next(places)[:] = rows[column]
 
@@ -230,8 +265,9 @@ class FeatureMap:
         label.reshape(n, len(self.label_columns))[:] = (rows["label"] & rows["mask"])[:, self.label_columns]
         mask.reshape(n, len(self.label_columns))[:] = rows["mask"][:, self.label_columns]
         beyond = {name: count for name, count in beyond.items() if count}
+        longest = {name: int((run.stop - run.first).max(initial=0)) for name, run in left.items()}
         if not found:
-            return PackedBatch(integers, floats, n, ids_per_key, beyond=beyond, missing=missing)
+            return PackedBatch(integers, floats, n, ids_per_key, beyond=beyond, missing=missing, longest=longest)
         vectors = self._read_vectors(found)
         counts = tuple(len(of_table.keys) for of_table in found)
         for table, of_table in zip(self.layout.content, found, strict=True):
@@ -242,7 +278,21 @@ class FeatureMap:
             missing=missing,
             vectors=vectors,
             vector_counts=counts,
+            longest=longest,
         )
+
+    def entry_rows(self, visits: HistorySlice) -> EntryRows:
+        """Return the ids of entries of any histories in the tables.
+
+        Raises:
+            UserError: a direct id is negative.
+        """
+        n = len(visits.item_id)
+        item, author = np.empty(n, np.int64), np.empty(n, np.int64)
+        context = np.empty((n, self.context_ids), np.int64)
+        beyond = self._ids["item"](visits.item_id, item) + self._ids["author"](visits.author_id, author)
+        self._side.fill_context(visits, np.zeros(n, np.int64), context)
+        return EntryRows(item, author, context, beyond)
 
     def hide_ids(self, name: str, hidden: np.ndarray, packed: PackedBatch) -> None:
         """Let the candidates of some rows read the unknown id, in place; their histories stay as they are.
@@ -289,14 +339,14 @@ class FeatureMap:
         """Return the entries of each history by name, the same that :meth:`pack` uses; it has the same arguments."""
         return self._sequences.read(rows, histories, as_of_ms, space)
 
-    def _lengths(self, rows: int, slices: dict[str, HistorySlice]) -> dict[str, np.ndarray]:
-        """Return lookup -> number of ids of each row, ``[rows]`` int64."""
+    def _lengths(self, rows: int, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return lookup -> number of ids of each row, ``[rows]`` int64, for the number of entries of each history."""
         lengths = {}
         for lookup in self.lookups:
             if lookup.length is not None:
                 lengths[lookup.name] = np.full(rows, lookup.length)
             else:
-                lengths[lookup.name] = slices[self._of_history[lookup.name]].lengths * lookup.ids_per_entry
+                lengths[lookup.name] = found[self._of_history[lookup.name]] * lookup.ids_per_entry
         return lengths
 
 
@@ -355,7 +405,7 @@ class _PackedSide:
         # All behaviours of a visit together are one id: each combination has a row of its own.
         np.bitwise_and(visits.bits, (1 << ACTION_BITS) - 1, out=out[:, 0])
         out[:, 0] += self._actions
-        np.add(gap_bucket(age_ms), self._age, out=out[:, 1])
+        np.add(gap_bucket(age_ms), self._age, out=out[:, AGE_PLACE])
         if self._past_domain:
             np.add(visits.domain, self._past_domain, out=out[:, 2])
         if self._tag:

@@ -14,12 +14,16 @@ import numpy as np
 from modules.search import search as gsu
 from modules.search.search import SearchPart, SearchResult, SearchVectors
 from trainer.config.features import FeatureConfig
+from trainer.data.features.device_places import DevicePlaces, DeviceRun
 from trainer.data.features.id_map import IdMap
 from trainer.data.format.history import Histories, HistorySlice
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows
 
 Space = Mapping[str, np.ndarray]
 """Table -> search vectors of its rows, see ``modules.search.search.SearchVectors.values``."""
+
+Searched = Space | DevicePlaces
+"""What is searched by dot product: vectors, or the places of the entries on a device that makes these searches."""
 
 
 class _HistoryRead(NamedTuple):
@@ -60,9 +64,9 @@ class HistoryReader:
         self._tables, self._ids = config.search.tables if config.needs_space else (), ids
         self._columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def prepare(self, histories: Histories, space: Space | None) -> None:
+    def prepare(self, histories: Histories, space: Searched | None) -> None:
         """Compile the searches and map columns that do not change, so that worker processes need not do it each."""
-        for name in self._tables:
+        for name in () if isinstance(space, DevicePlaces) else self._tables:
             column = histories.column(f"{name}_id")
             if self._ids[name].mapping != "direct" and not column.flags.writeable:
                 self._columns[name] = column, self._column(name, column).astype(np.int32)
@@ -71,17 +75,24 @@ class HistoryReader:
         self.read({f"{name}_id": nobody for name in ("user", "author", "item")}, histories, nobody, space)
 
     def read(
-        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Searched | None
     ) -> dict[str, HistorySlice]:
-        """Return the entries of each history for n rows, oldest first.
+        """Return the entries of each history for n rows, oldest first; none of those that are left to a device.
 
         Args:
             rows: ``user_id``, and ``author_id`` and ``item_id`` of the candidate, each ``[n]`` int64.
             histories: histories of the dataset.
             as_of_ms: ``[n]`` int64; only visits known before this time are read.
-            space: search vectors for dot products; None if no history needs them.
+            space: what is searched by dot product; None if no history is.
         """
-        slices = {}
+        return self.read_or_leave(rows, histories, as_of_ms, space)[0]
+
+    def read_or_leave(
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Searched | None
+    ) -> tuple[dict[str, HistorySlice], dict[str, DeviceRun]]:
+        """Return what :meth:`read` returns, and the runs of each history that is left to a device."""
+        slices: dict[str, HistorySlice] = {}
+        left: dict[str, DeviceRun] = {}
         # All histories that need the runs share one lookup of them.
         first = stop = np.empty((0, len(DOMAINS)), np.int64)
         if any(read.search != "latest" or read.domain is None for read in self._reads.values()):
@@ -102,13 +113,16 @@ class HistoryReader:
                 )
                 continue
             runs = first[:, domain].copy(), stop[:, domain].copy()
+            if search == "top" and isinstance(space, DevicePlaces):
+                left[name] = space.left(rows["user_id"], *runs, length)
+                continue
             if search == "author":
                 found = gsu.same_author(*runs, length, histories.column("author_id"), rows["author_id"])
             else:
-                assert space is not None, "a history searches by dot product, and there is no space"
+                assert isinstance(space, Mapping), "a history searches by dot product, and there is no space"
                 found = self._top(*runs, length, rows, histories, space)
             slices[name] = histories.take(*found, np.full(len(found.at), domain, np.uint8))
-        return slices
+        return slices, left
 
     def _top(
         self, first: np.ndarray, stop: np.ndarray, length: int, rows: Rows, histories: Histories, space: Space

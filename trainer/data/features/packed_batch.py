@@ -54,15 +54,22 @@ class BatchLayout:
     pairs: bool = False
     content: tuple[ContentLayout, ...] = ()
 
-    def integer_sizes(self, rows: int, ids_per_key: dict[str, int]) -> list[int]:
-        """Return the lengths of the parts of :attr:`PackedBatch.integers`, in order."""
+    def integer_sizes(self, rows: int, ids_per_key: dict[str, int], left: int = 0) -> list[int]:
+        """Return the lengths of the parts of :attr:`PackedBatch.integers`, in order.
+
+        Args:
+            rows: number of rows.
+            ids_per_key: lookup name -> number of ids.
+            left: number of histories whose search is left to the device.
+        """
         sizes: list[int] = []
         for keys in self.keys:
             sizes += [ids_per_key[key] for key in keys]
             sizes.append(len(keys) * rows)
         for table in self.content:
             sizes += [rows, *(ids_per_key[key] for key in table.entries.values())]
-        return [*sizes, rows, rows, rows, *([rows] if self.pairs else [])]
+        columns = left_columns(left) + 3 + self.pairs
+        return [*sizes, *([rows] * columns)]
 
     def float_sizes(self, rows: int) -> list[int]:
         """Return the lengths of the parts of :attr:`PackedBatch.floats`, in order."""
@@ -76,6 +83,36 @@ class BatchLayout:
             for count, table in zip(counts, self.content, strict=True)
         ]
         return [-(-size // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT for size in sizes]
+
+
+class LeftSearches(NamedTuple):
+    """Searches of a batch that are left to its device: until they are made, the ids of these histories are zeros.
+
+    Attributes:
+        columns: ``[1 + 2 * histories, rows]`` int64: the time as of which histories are read, in milliseconds; then for
+            each history the first place of each row's run on the device, and the place after the last one.
+        longest: name of the history -> number of entries of its longest run, in the order of the columns.
+        version: version of the search vectors.
+    """
+
+    columns: Tensor
+    longest: dict[str, int]
+    version: int = 0
+
+    @property
+    def as_of_ms(self) -> Tensor:
+        """Time of each row, ``[rows]``."""
+        return self.columns[0]
+
+    def run(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the runs of a history, each ``[rows]``."""
+        place = 1 + 2 * list(self.longest).index(name)
+        return self.columns[place], self.columns[place + 1]
+
+
+def left_columns(left: int) -> int:
+    """Return the number of :attr:`LeftSearches.columns` of some histories."""
+    return 1 + 2 * left if left else 0
 
 
 class PackedIds(NamedTuple):
@@ -100,8 +137,9 @@ class PackedBatch:
 
     Attributes:
         integers: int64. For each embedding dimension, the ids key by key and then the lengths key by key; then, for
-            each table of pre-trained vectors, the places of its vectors, lookup by lookup; at the end ``user_id``,
-            ``visit_id``, ``request_ms`` and, in a layout of pairs, ``author_id``.
+            each table of pre-trained vectors, the places of its vectors, lookup by lookup; then the columns of
+            searches that are left to the device; at the end ``user_id``, ``visit_id``, ``request_ms`` and, in a layout
+            of pairs, ``author_id``.
         floats: float32. ``dense``, ``label`` and ``mask``, each row by row; in a layout of pairs also ``log_q``.
         rows: number of rows.
         ids_per_key: lookup name -> number of ids.
@@ -111,6 +149,8 @@ class PackedBatch:
         missing: see :class:`trainer.data.loading.batch.RankingBatch`.
         vectors: uint8, the distinct pre-trained vectors, table by table; None for a model without such tables.
         vector_counts: number of vectors of each table.
+        longest: history whose search is left to the device -> number of entries of its longest run.
+        version: version of the search vectors for these searches.
     """
 
     integers: Tensor
@@ -123,6 +163,8 @@ class PackedBatch:
     missing: dict[str, MissingCounts] = field(default_factory=dict)
     vectors: Tensor | None = None
     vector_counts: tuple[int, ...] = ()
+    longest: dict[str, int] = field(default_factory=dict)
+    version: int = 0
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -164,6 +206,15 @@ class PackedBatch:
             elements = part.view(getattr(torch, table.dtype))[: count * table.width]
             found[table.name] = BatchVectors(elements.view(count, table.width), places, table.entries)
         return found
+
+    def left(self, layout: BatchLayout) -> LeftSearches | None:
+        """Return the searches that are left to the device; None if there are none."""
+        if not self.longest:
+            return None
+        columns = left_columns(len(self.longest))
+        end = len(self.integers) - (3 + layout.pairs) * self.rows
+        view = self.integers[end - columns * self.rows : end].view(columns, self.rows)
+        return LeftSearches(view, self.longest, self.version)
 
     def columns(self, layout: BatchLayout) -> dict[str, Tensor]:
         """Return the columns ``user_id``, ``visit_id``, ``request_ms``, ``dense``, ``label`` and ``mask`` as views.

@@ -176,6 +176,19 @@ class Histories:
         """
         return self._entries[name]
 
+    def stored_runs(self, partitions: int) -> np.ndarray:
+        """Return the runs of all users in the order in which they are stored, partition after partition.
+
+        Args:
+            partitions: number of partitions of the dataset.
+
+        Returns:
+            ``[users, domains + 1] int64``: the runs of a user are ``[k, k + 1]`` of its line, and no entry is between
+            two lines.
+        """
+        # The table of users is in order of their ids, entries lie partition after partition.
+        return self._offsets[stable_order(partition_of(self._user_id, partitions))]
+
     def take(self, at: np.ndarray, lengths: np.ndarray, domain: np.ndarray) -> HistorySlice:
         """Return entries by their position in the columns.
 
@@ -310,8 +323,7 @@ class Histories:
             user = int(np.argmax(bad.any(axis=1)))
             runs = ", ".join(map(str, offsets[user].tolist()))
             self._refuse("offsets", f"user {self._user_id[user]} has runs at {runs} of {entries:,} entries")
-        # The table of users is in order of their ids, entries lie partition after partition.
-        stored = offsets[stable_order(partition_of(self._user_id, partitions))]
+        stored = self.stored_runs(partitions)
         edges = np.concatenate([[0], stored[:, -1]])
         gaps = np.flatnonzero(np.append(stored[:, 0], entries) != edges)
         if len(gaps):

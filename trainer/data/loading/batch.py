@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.content import BatchVectors
 from trainer.data.features.missing_inputs import MissingCounts
-from trainer.data.features.packed_batch import BatchLayout, PackedBatch
+from trainer.data.features.packed_batch import BatchLayout, LeftSearches, PackedBatch
 
 ReadPosition = dict[int, list[int]]
 """Partition -> ``[epoch, window, offset]``: the rows consumed so far. The keys are the partitions of one rank; the
@@ -43,6 +43,9 @@ class RankingBatch:
         author_id: ``[rows]`` int64, author of each row; None if the layout has no pairs.
         log_q: ``[rows]`` float32, log of the probability that the author is in a batch; None as for ``author_id``.
         content: table of pre-trained vectors -> its vectors.
+        left: searches that the batch's device must make before the ids are complete; None if none are left.
+        searched_beyond: scalar int64 on the device, number of direct ids beyond their tables among the entries that
+            these searches found; None if it is 0 in every batch.
     """
 
     ids: list[KeyedJaggedTensor]
@@ -62,6 +65,8 @@ class RankingBatch:
     log_q: Tensor | None = None
     left_out_rows: int = 0
     content: dict[str, BatchVectors] = field(default_factory=dict)
+    left: LeftSearches | None = None
+    searched_beyond: Tensor | None = None
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the attributes that are tensors, by name."""
@@ -77,13 +82,17 @@ class RankingBatch:
             for name, of_table in self.content.items()
         }
         ids = [keyed.to(device, non_blocking=non_blocking) for keyed in self.ids]
-        return replace(self, ids=ids, content=content, **moved)
+        left = self.left
+        if left is not None:
+            left = left._replace(columns=left.columns.to(device, non_blocking=non_blocking))
+        return replace(self, ids=ids, content=content, left=left, **moved)
 
     def pin_memory(self) -> RankingBatch:
         """Return the batch in page-locked memory."""
         pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
         content = {name: of_table.changed(Tensor.pin_memory) for name, of_table in self.content.items()}
-        return replace(self, ids=[keyed.pin_memory() for keyed in self.ids], content=content, **pinned)
+        left = None if self.left is None else self.left._replace(columns=self.left.columns.pin_memory())
+        return replace(self, ids=[keyed.pin_memory() for keyed in self.ids], content=content, left=left, **pinned)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of the batch until the work that is queued on ``stream`` is done."""
@@ -94,6 +103,8 @@ class RankingBatch:
         for of_table in self.content.values():
             for tensor in of_table.tensors():
                 tensor.record_stream(stream)
+        if self.left is not None:
+            self.left.columns.record_stream(stream)
 
 
 def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> RankingBatch:
@@ -120,6 +131,7 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> 
         left_out_rows=packed.left_out_rows,
         missing=packed.missing,
         content=packed.content(layout),
+        left=packed.left(layout),
     )
 
 

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainer.console.errors import UserError
 from trainer.console.text_table import size_text
-from trainer.data.features.history_sequences import Space
+from trainer.data.features.device_places import DevicePlaces
+from trainer.data.features.history_sequences import Searched
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.history import Histories
@@ -65,9 +66,9 @@ class BatchFeatures(Protocol):
     def spec(self) -> DatasetSpec: ...
     @property
     def layout(self) -> BatchLayout: ...
-    def prepare(self, histories: Histories, space: Space | None = None) -> None: ...
+    def prepare(self, histories: Histories, space: Searched | None = None) -> None: ...
     def pack(
-        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Searched | None = None
     ) -> PackedBatch: ...
 
 
@@ -96,6 +97,8 @@ class Loader:
         space: search vectors, for features that need them.
         first_step: number of steps done before the step of the first batch, from which the version of the search
             vectors of each batch follows; None uses the newest version for all batches.
+        left_to: places of the histories' entries on the device that makes the searches by dot product; None if the
+            loader makes them.
 
     Raises:
         UserError: there are more ranks than partitions, the position does not fit, the index cannot be read, or too
@@ -123,6 +126,7 @@ class Loader:
         state: Mapping[int, Sequence[int]] | None = None,
         space: SearchSpace | None = None,
         first_step: int | None = None,
+        left_to: DevicePlaces | None = None,
     ) -> None:
         selection = selection or Selection()
         self._plan = ReadPlan(
@@ -145,6 +149,7 @@ class Loader:
             as_of_limit_ms,
             frozen_statistics,
             space,
+            left_to,
             batches=workers * prefetch + FETCHED_AHEAD,
         )
         self._space, self._first_step = space, first_step
@@ -250,12 +255,14 @@ class _BatchMaker(Dataset):
         as_of_limit_ms: int | None,
         frozen_statistics: FrozenStatistics | None,
         space: SearchSpace | None,
+        left_to: DevicePlaces | None,
         *,
         batches: int,
     ) -> None:
         self._batches = batches
         self._reader, self._histories, self._feature_map = reader, histories, feature_map
         self._as_of_limit_ms, self._frozen, self._space = as_of_limit_ms, frozen_statistics, space
+        self._left_to = left_to
 
     def prepare(self) -> None:
         """Do the shared work before the worker processes are forked."""
@@ -276,10 +283,12 @@ class _BatchMaker(Dataset):
         rows, skipped = self._reader.gather(task.slices)
         as_of = freeze_rows(rows, self._as_of_limit_ms, self._frozen)
         packed = self._feature_map.pack(rows, self._histories, as_of, self._vectors(task.version))
-        return replace(packed, skipped_rows=skipped)
+        return replace(packed, skipped_rows=skipped, version=task.version)
 
-    def _vectors(self, version: int) -> Space | None:
-        """Return a version of the search vectors; None if no feature needs them."""
+    def _vectors(self, version: int) -> Searched | None:
+        """Return a version of the search vectors, or what takes their place; None if no feature needs them."""
+        if self._left_to is not None:
+            return self._left_to
         return None if self._space is None else self._space.at(version)
 
 
