@@ -46,7 +46,7 @@ from benchmarks.quality.hidden_state import (
 from benchmarks.quality.paired_users import PairedDifference, UserMetric, paired_difference
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
-from trainer.data.simulator.behaviours import behaviour_probabilities, log_odds
+from trainer.data.simulator.behaviours import behaviour_probabilities, log_odds, weights_of
 from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
 from trainer.data.simulator.lookahead import add_appeal, mean_appeal
 from trainer.data.simulator.user_days import ROW
@@ -73,7 +73,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def world_of(spec: DatasetSpec) -> WorldConfig:
     """Return the world of a dataset of ``limelight data simulate``."""
     extra = spec.extra
-    names = ("exposures_per_day", "lookahead", "newcomers", "interest_correlation")
+    names = ("exposures_per_day", "lookahead", "newcomers", "interest_correlation", "conflict")
     options = {name: extra[name] for name in names if name in extra}
     return WorldConfig(extra["users"], extra["days"], extra["seed"], **options)
 
@@ -226,11 +226,12 @@ def expected_probabilities(
     liking = taste[np.arange(len(lane)), topic]
     for name, values in (("intensity", intensity[0]), ("topic", intensity[0] * liking[0]), ("quiet", 1 - intensity[0])):
         factors[ROW[name]] = values
+    slopes = weights_of(world.config.conflict)
     found = np.zeros((len(BEHAVIOURS), n))
     for match, weight in [(None, np.ones(n))] if mood is None else [(0, 1 - mood), (1, mood)]:
         if match is not None:
             factors[ROW["mood"]] = match
-        logits = log_odds(factors, inputs.context[lane], shown.scene[lane], inputs.trait[:, lane])
+        logits = log_odds(factors, inputs.context[lane], shown.scene[lane], inputs.trait[:, lane], slopes)
         if world.config.lookahead:
             there = segments_there(world, shown.item, shown.time_ms)[:, lane]
             add_appeal(logits, np.arange(len(lane)), mean_appeal(intensity[1:], liking[1:], there))

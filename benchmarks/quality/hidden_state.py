@@ -19,10 +19,10 @@ from trainer.data.simulator.behaviours import (
     INTERACTIONS,
     LONG_VIEW,
     UNCLICKED_OFFSET,
-    WEIGHTS,
     BehaviourProbabilities,
     behaviour_probabilities,
     log_odds,
+    weights_of,
 )
 from trainer.data.simulator.config import BEHAVIOURS
 from trainer.data.simulator.content import INTENSITY_WOBBLE, LIVE, PHASES, TRAIT_SPREAD, VECTOR_SPREAD
@@ -120,7 +120,7 @@ class VisitInputs:
             ahead: with the effect of the next minutes of a room, if the world has it.
         """
         shown, world = self.shown, self.world
-        logits = log_odds(self.factors, self.context, shown.scene, self.trait)
+        logits = log_odds(self.factors, self.context, shown.scene, self.trait, weights_of(world.config.conflict))
         if ahead and world.config.lookahead:
             live = np.flatnonzero(shown.domain == LIVE)
             taste = world.users.topic_taste[shown.user[live]]
@@ -129,7 +129,7 @@ class VisitInputs:
 
     def room_weights(self) -> np.ndarray:
         """Return the weights of standardised room traits in the log-odds, ``[behaviours, ROOM_TRAITS, n] float32``."""
-        weight = WEIGHTS[self.context].transpose(1, 2, 0)
+        weight = weights_of(self.world.config.conflict)[self.context].transpose(1, 2, 0)
         interest = self.world.users.interest(self.shown.domain, self.shown.user).T
         found = np.zeros((len(BEHAVIOURS), ROOM_TRAITS, len(self.context)), np.float32)
         for name, part, scale in SUBSPACES:
@@ -141,7 +141,8 @@ class VisitInputs:
     def user_weights(self) -> np.ndarray:
         """Return the weights of the users' traits in the log-odds, ``[behaviours, USER_TRAITS, n] float32``."""
         items, shown = self.world.items, self.shown
-        weight, column = WEIGHTS[self.context].transpose(1, 2, 0), np.arange(len(self.context))
+        weight = weights_of(self.world.config.conflict)[self.context].transpose(1, 2, 0)
+        column = np.arange(len(self.context))
         found = np.zeros((len(BEHAVIOURS), USER_TRAITS, len(column)), np.float32)
         vector = items.vector[shown.item]
         for name, part, scale in SUBSPACES:

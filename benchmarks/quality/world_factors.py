@@ -127,4 +127,5 @@ def _command(spec: DatasetSpec) -> str:
     words += f" --newcomers {extra['newcomers']}" if extra.get("newcomers") else ""
     known = extra.get("interest_correlation") is not None
     words += f" --interest-correlation {extra['interest_correlation']}" if known else ""
+    words += f" --conflict {extra['conflict']}" if extra.get("conflict") else ""
     return f"write them to another directory and name it with --data: limelight data simulate OUT {words} --factors"

@@ -34,6 +34,7 @@ _EVERYDAY_ONLY = {
     "--lookahead": "segments",
     "--newcomers": "authors who come later",
     "--interest-correlation": "interest that videos and rooms share",
+    "--conflict": "conflict between behaviours",
     "--factors": "file of factors",
 }
 """Option of `data simulate` -> what the world `cross` does not have for it."""
@@ -120,6 +121,13 @@ def data() -> None:
     "that are drawn in another way).",
 )
 @click.option(
+    "--conflict",
+    type=float,
+    default=0.0,
+    metavar="C",
+    help="How much what draws clicks repels likes, comments, gifts and follows, 0 to 1 (default 0).",
+)
+@click.option(
     "--factors",
     is_flag=True,
     help="Store the true factors of each exposure (mood, taste, ...) beside its true probabilities.",
@@ -139,6 +147,7 @@ def simulate(
     lookahead: bool,
     newcomers: float,
     interest_correlation: float | None,
+    conflict: float,
     factors: bool,
     as_json: bool,
 ) -> None:
@@ -162,6 +171,7 @@ def simulate(
             "--lookahead": lookahead,
             "--newcomers": newcomers,
             "--interest-correlation": interest_correlation is not None,
+            "--conflict": conflict,
             "--factors": factors,
         }
         for option in (option for option, used in options.items() if used):
@@ -190,6 +200,7 @@ def simulate(
             lookahead=lookahead,
             newcomers=newcomers,
             interest_correlation=interest_correlation,
+            conflict=conflict,
             factors=factors,
         )
 

@@ -60,7 +60,10 @@ def rows(log: SimulatedLog) -> np.ndarray:
 
 
 def test_a_world_is_found_from_its_description(tmp_path: Path) -> None:
-    choices: tuple[dict[str, Any], ...] = ({}, {"lookahead": True, "newcomers": 0.5, "interest_correlation": 0.0})
+    choices: tuple[dict[str, Any], ...] = (
+        {},
+        {"lookahead": True, "newcomers": 0.5, "interest_correlation": 0.0, "conflict": 0.5},
+    )
     for options in choices:
         simulate(tmp_path / str(len(options)), 10, 1, 1, 3, **options)
         found = world_of(DatasetSpec.load(tmp_path / str(len(options))))

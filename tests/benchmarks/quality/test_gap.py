@@ -204,7 +204,7 @@ def test_rows_and_worlds_that_do_not_match_are_refused(
     click = without(factors, "mood")
     directory = write_run(tmp_path / "run", world, rooms, click=click)
     simulate(tmp_path / "plain", 30, 1, 2, 9)
-    simulate(tmp_path / "plain correlated", 30, 1, 2, 9, interest_correlation=0.0)
+    simulate(tmp_path / "plain correlated", 30, 1, 2, 9, interest_correlation=0.0, conflict=0.5)
     simulate(tmp_path / "other", USERS, 1, 2, 9, lookahead=True, newcomers=0.5, factors=True)
 
     def refused(*arguments: str) -> str:
@@ -218,7 +218,7 @@ def test_rows_and_worlds_that_do_not_match_are_refused(
     command = "limelight data simulate OUT --users 30 --days 1 --partitions 2 --seed 9"
     assert f"{tmp_path / 'plain'}: has no factors; " in message and message.endswith(f"{command} --factors")
     message = refused(directory, "--data", str(tmp_path / "plain correlated"))
-    assert message.endswith(f"{command} --interest-correlation 0.0 --factors")
+    assert message.endswith(f"{command} --interest-correlation 0.0 --conflict 0.5 --factors")
     assert "other/truth/factors-0000" in (found := refused(directory, "--data", str(tmp_path / "other")))
     assert "of another world: it has no line of some rows" in found
     # Visits have the same ids in all worlds, so their times are compared, and then their true probabilities.

@@ -10,17 +10,25 @@ import pytest
 
 from trainer.data.simulator.behaviours import (
     CATEGORY_WEIGHTS,
+    CLICK,
+    CONFLICT_FACTORS,
     CONTEXTS,
     DEPTH_OFFSET,
     FACTORS,
+    INTERACTIONS,
     LIVE_WEIGHTS,
     SCENE_OFFSET,
     UNCLICKED_OFFSET,
     VIDEO_WEIGHTS,
+    WEIGHTS,
     behaviour_probabilities,
     log_odds,
+    weights_of,
 )
-from trainer.data.simulator.config import BEHAVIOURS
+from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
+from trainer.data.simulator.content import LIVE
+from trainer.data.simulator.user_days import simulate_visits
+from trainer.data.simulator.world import make_world
 
 
 def sigmoid(x: float) -> float:
@@ -75,3 +83,39 @@ def test_log_odds_are_linear_in_the_factors(seed: int) -> None:
                 weight += CATEGORY_WEIGHTS.get(name, {}).get(factor, {}).get(behaviour, 0.0)
                 expected += weight * factors[f, row]
             assert found[k, row] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_a_conflict_turns_what_draws_interactions() -> None:
+    assert weights_of(0.0) is WEIGHTS
+    own = [FACTORS.index(name) for name in CONFLICT_FACTORS]
+    together = WEIGHTS[:, INTERACTIONS][:, :, own] + WEIGHTS[:, [CLICK]][:, :, own]
+    for conflict in (0.25, 0.5, 1.0):
+        found = weights_of(conflict)
+        sums = found[:, INTERACTIONS][:, :, own] + found[:, [CLICK]][:, :, own]
+        np.testing.assert_allclose(sums, (1 - 2 * conflict) * together, atol=1e-6)
+        others = [f for f, name in enumerate(FACTORS) if name not in (*CONFLICT_FACTORS, "constant")]
+        assert np.array_equal(found[:, :, others], WEIGHTS[:, :, others])
+        assert np.array_equal(found[:, : INTERACTIONS.start], WEIGHTS[:, : INTERACTIONS.start])
+    assert np.array_equal(weights_of(0.0), WEIGHTS), "the weights of other worlds do not change"
+
+
+def live_truth(conflict: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the true probabilities of the rooms' visits, and those by users who do not follow the author yet."""
+    visits = list(simulate_visits(make_world(WorldConfig(400, 2, seed, conflict=conflict))))
+    live = [day["domain"] == LIVE for day in visits]
+    of_all = [day["truth"][:, rows] for day, rows in zip(visits, live, strict=True)]
+    of_new = [day["truth"][:, rows & ~day["following"]] for day, rows in zip(visits, live, strict=True)]
+    return np.concatenate(of_all, axis=1), np.concatenate(of_new, axis=1)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_conflict_parts_clicks_from_interactions_and_keeps_their_number(seed: int) -> None:
+    of_conflict, of_new = zip(*(live_truth(conflict, seed) for conflict in (0.0, 0.5, 1.0)), strict=True)
+    odds = [np.log(truth / (1 - truth)) for truth in of_new]
+    for k in range(len(BEHAVIOURS))[INTERACTIONS]:
+        none, half, full = (np.corrcoef(values[CLICK], values[k])[0, 1] for values in odds)
+        assert none > half + 0.1 > full + 0.3 and full < 0.25, BEHAVIOURS[k]
+        rates = [truth[k].mean() for truth in of_conflict]
+        assert all(0.6 < rate / rates[0] < 1.7 for rate in rates), BEHAVIOURS[k]
+    for k in range(INTERACTIONS.start):
+        assert of_conflict[2][k].mean() == pytest.approx(of_conflict[0][k].mean(), rel=0.1)

@@ -15,7 +15,15 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.verification import verify_dataset
 from trainer.data.simulator.behaviours import CLICK, FACTORS, behaviour_probabilities
 from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
-from trainer.data.simulator.factors import AHEAD, INCLINATIONS, KEYS, SCENE_FACTORS, factor_names, factor_tables
+from trainer.data.simulator.factors import (
+    AHEAD,
+    INCLINATIONS,
+    KEYS,
+    SCENE_FACTORS,
+    factor_names,
+    factor_tables,
+    factor_weights,
+)
 from trainer.data.simulator.user_days import allowed_interactions, simulate_visits
 from trainer.data.simulator.world import make_world
 from trainer.data.simulator.write_dataset import simulate
@@ -72,6 +80,21 @@ def test_the_sum_of_the_factors_is_the_true_log_odds(path: Path) -> None:
     found = behaviour_probabilities(total.astype(np.float32), allowed).marginal
     for k, behaviour in enumerate(BEHAVIOURS):
         assert np.allclose(found[k], truth[f"p_{behaviour}"].to_numpy(), atol=1e-7, rtol=1e-4), behaviour
+
+
+@pytest.mark.parametrize("conflict", [0.0, 0.7])
+def test_factors_and_weights_of_a_conflict_are_its_log_odds(conflict: float) -> None:
+    config = WorldConfig(users=60, days=1, seed=2, conflict=conflict)
+    made = make_world(config)
+    visits = next(simulate_visits(made))
+    factors, weights = pa.concat_tables(factor_tables(made, visits)), factor_weights(config).to_pylist()
+    total = np.zeros((len(BEHAVIOURS), factors.num_rows))
+    for line in weights:
+        rows = factors["context"].to_numpy() == line["context"]
+        total[BEHAVIOURS.index(line["behaviour"]), rows] += line["weight"] * factors[line["factor"]].to_numpy()[rows]
+    allowed = allowed_interactions(factors["context"].to_numpy() > 0, factors["following"].to_numpy() > 0)
+    found = behaviour_probabilities(total.astype(np.float32), allowed).marginal
+    assert np.allclose(found, visits["truth"], atol=1e-7, rtol=1e-4)
 
 
 def test_every_factor_counts_in_rooms_and_varies(path: Path) -> None:

@@ -101,6 +101,8 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             ["simulate", "{}/out", "--world", "cross", "--interest-correlation", "0"],
             "`cross` has no interest that videos and rooms share",
         ),
+        (["simulate", "{}/out", "--conflict", "-0.1"], "conflict is -0.1; it must be in [0, 1]"),
+        (["simulate", "{}/out", "--world", "cross", "--conflict", "1"], "`cross` has no conflict between behaviours"),
         (
             ["simulate", "{}/out", "--interest-correlation", "1.1"],
             "interest_correlation is 1.1; it must be in [0, 1]",

@@ -10,6 +10,7 @@ branches: ``BehaviourProbabilities.marginal`` is exact, and no predictor can be 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -132,6 +133,33 @@ def _context_weights() -> np.ndarray:
 
 WEIGHTS = _context_weights()
 
+CONFLICT_FACTORS: tuple[str, ...] = ("taste", "mood", "category", "topic", "hour")
+"""Factors that a conflict is about: how well user and room match."""
+CONFLICT_OFFSET = np.array([2.6, 2.0, 2.9, 1.75], np.float32)
+"""Added to the log-odds of the interactions at a conflict of 1, so that they are about as frequent as without."""
+
+
+@lru_cache
+def weights_of(conflict: float) -> np.ndarray:
+    """Return the weights of a world, ``[contexts, behaviours, factors] float32``; they must not be changed.
+
+    An interaction needs a click, so a factor with weight u for the click and w for the interaction moves the log-odds
+    of both together by about u + w. A conflict c makes this (1 - 2 c)(u + w): with 0.5 the factor says nothing about
+    the interaction, and with 1 it repels the interaction as much as it attracts it without a conflict.
+
+    Args:
+        conflict: from 0 to 1; 0 for ``WEIGHTS``.
+    """
+    if not conflict:
+        return WEIGHTS
+    weights = WEIGHTS.copy()
+    for factor in map(FACTORS.index, CONFLICT_FACTORS):
+        own = weights[:, INTERACTIONS, factor]
+        own -= np.float32(2 * conflict) * (own + weights[:, CLICK, None, factor])
+    # Most of the loss of frequency comes with the first half of the conflict.
+    weights[:, INTERACTIONS, FACTORS.index("constant")] += CONFLICT_OFFSET * np.float32(conflict * (2 - conflict))
+    return weights
+
 
 @dataclass(frozen=True)
 class BehaviourProbabilities:
@@ -155,7 +183,9 @@ class BehaviourProbabilities:
     marginal_long: np.ndarray
 
 
-def log_odds(factors: np.ndarray, context: np.ndarray, scene: np.ndarray, trait: np.ndarray) -> np.ndarray:
+def log_odds(
+    factors: np.ndarray, context: np.ndarray, scene: np.ndarray, trait: np.ndarray, weights: np.ndarray = WEIGHTS
+) -> np.ndarray:
     """Return the log-odds of each behaviour before the offsets of click and depth.
 
     Args:
@@ -163,12 +193,13 @@ def log_odds(factors: np.ndarray, context: np.ndarray, scene: np.ndarray, trait:
         context: ``[n]`` positions in ``CONTEXTS``.
         scene: ``[n]`` positions in ``SCENES``.
         trait: ``[behaviours, n] float32`` inclinations of the users.
+        weights: ``[contexts, behaviours, factors] float32``.
 
     Returns:
         ``[behaviours, n] float32``.
     """
     # einsum instead of a BLAS product: the last bit of the latter depends on the processor
-    all_contexts = np.einsum("ckf,fn->ckn", WEIGHTS, factors)
+    all_contexts = np.einsum("ckf,fn->ckn", weights, factors)
     # nine of ten exposures are videos, so the slow selection by context is done for rooms only
     logits = all_contexts[CONTEXTS.index("video")]
     live = np.flatnonzero(context)

@@ -41,6 +41,8 @@ class WorldConfig:
         newcomers: share of the live authors who open their first room on a random day of the log, from 0 to 1.
         interest_correlation: correlation over users between the interest in videos and that in rooms, from 0 to 1, in
             each number of ``Users.vector``; None for the world of earlier versions, where it is about 0.7.
+        conflict: how much what draws clicks repels likes, comments, gifts and follows, from 0 to 1
+            (``behaviours.weights_of``).
     """
 
     users: int
@@ -50,6 +52,7 @@ class WorldConfig:
     lookahead: bool = False
     newcomers: float = 0.0
     interest_correlation: float | None = None
+    conflict: float = 0.0
 
     @property
     def authors(self) -> int:

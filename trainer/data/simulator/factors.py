@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.data.format.text_schema import FACTOR_WEIGHTS
-from trainer.data.simulator.behaviours import CONTEXTS, FACTORS, SCENE_OFFSET, WEIGHTS
+from trainer.data.simulator.behaviours import CONTEXTS, FACTORS, SCENE_OFFSET, weights_of
 from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
 from trainer.data.simulator.content import LIVE
 from trainer.data.simulator.exposure import SCENES
@@ -44,7 +44,7 @@ def factor_weights(config: WorldConfig) -> pa.Table:
     """Return the weights that are not 0, as ``text_schema.FACTOR_WEIGHTS``."""
     names = factor_names(config)
     weights = np.zeros((len(CONTEXTS), len(BEHAVIOURS), len(names)), np.float32)
-    weights[:, :, : len(FACTORS)] = WEIGHTS
+    weights[:, :, : len(FACTORS)] = weights_of(config.conflict)
     for name, code in SCENE_FACTORS.items():
         weights[:, :, names.index(name)] = SCENE_OFFSET[:, code]
     for name, k in INCLINATIONS.items():

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.data.simulator.behaviours import FACTORS, FOLLOW, GIFT, INTERACTIONS, behaviour_probabilities, log_odds
+from trainer.data.simulator.behaviours import (
+    FACTORS,
+    FOLLOW,
+    GIFT,
+    INTERACTIONS,
+    behaviour_probabilities,
+    log_odds,
+    weights_of,
+)
 from trainer.data.simulator.config import DAY_MS, HOUR_MS, START_MS, hours_of_day, local_hour
 from trainer.data.simulator.content import LIVE, VIDEO
 from trainer.data.simulator.exposure import FAMILIAR, FEED, PLAZA, SCENE_EDGES, choose_items
@@ -136,7 +144,7 @@ def _simulate_step(
     allowed = allowed_interactions(on_air, known.following)
     factors, context = visit_factors(world, shown, known)
     inclination = world.users.inclination(shown.domain, shown.user)
-    logits = log_odds(factors, context, shown.scene, inclination.T)
+    logits = log_odds(factors, context, shown.scene, inclination.T, weights_of(world.config.conflict))
     if world.config.lookahead:
         live = np.flatnonzero(on_air)
         taste = world.users.topic_taste[shown.user[live]]

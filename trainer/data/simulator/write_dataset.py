@@ -40,6 +40,7 @@ def simulate(
     lookahead: bool = False,
     newcomers: float = 0.0,
     interest_correlation: float | None = None,
+    conflict: float = 0.0,
     factors: bool = False,
 ) -> DatasetSpec:
     """Simulate a world and write its log as a dataset.
@@ -64,6 +65,7 @@ def simulate(
         newcomers: share of the live authors who open their first room on a random day of the log, from 0 to 1.
         interest_correlation: correlation over users between the interest in videos and that in rooms, from 0 to 1;
             None for the world of earlier versions, where it is about 0.7.
+        conflict: how much what draws clicks repels likes, comments, gifts and follows, from 0 to 1.
         factors: True to write the true factors of every exposure beside its true probabilities. Everything else is the
             same, bit for bit, with and without them.
 
@@ -83,8 +85,16 @@ def simulate(
         raise UserError(f"simulate: newcomers is {newcomers}; it must be in [0, 1]")
     if interest_correlation is not None and not 0 <= interest_correlation <= 1:
         raise UserError(f"simulate: interest_correlation is {interest_correlation}; it must be in [0, 1]")
+    if not 0 <= conflict <= 1:
+        raise UserError(f"simulate: conflict is {conflict}; it must be in [0, 1]")
     config = WorldConfig(
-        users, days, seed, lookahead=lookahead, newcomers=newcomers, interest_correlation=interest_correlation
+        users,
+        days,
+        seed,
+        lookahead=lookahead,
+        newcomers=newcomers,
+        interest_correlation=interest_correlation,
+        conflict=conflict,
     )
     # A world without an option has no word of it, so that its description is that of earlier versions.
     extra: dict[str, Any] = {"comment_kinds": KINDS} if texts else {}
@@ -98,6 +108,8 @@ def simulate(
         extra["newcomers"] = newcomers
     if interest_correlation is not None:
         extra["interest_correlation"] = interest_correlation
+    if conflict:
+        extra["conflict"] = conflict
     if factors:
         extra["factors"] = factor_names(config)
     spec = dataset_spec(config, partitions)
