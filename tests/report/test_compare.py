@@ -92,5 +92,13 @@ def test_runs_of_other_kinds_have_their_metrics_side_by_side(runs: tuple[str, st
 def test_a_comparison_needs_two_runs(runs: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="two runs or more"):
         compare_runs(runs[:1])
-    with pytest.raises(UserError, match="no run here"):
-        compare_runs([runs[0], str(tmp_path)])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name, words in (
+        ("nowhere", "no run here, there is no such directory"),
+        ("empty", "no run here, the directory is empty"),
+        ("file", "no run here, but a file; name the directory of a run"),
+        (".", "no run here"),
+    ):
+        with pytest.raises(UserError, match=f": {words}$"):
+            compare_runs([runs[0], str(tmp_path / name)])

@@ -44,6 +44,7 @@ def test_intervals_lie_around_the_exact_metrics(rows: HeldOutRows) -> None:
 def test_parts_have_the_auc_of_their_rows(rows: HeldOutRows) -> None:
     activity, popularity, hours = parts_of(rows)
     assert (activity.names[-1], popularity.names[-1]) == ("100–999", "10–99")
+    assert [len(part.series) for part in (activity, hours)] == [2, 1] and hours.title.endswith(", click")
     assert hours.names == [str(hour) for hour in range(24)] and sum(hours.rows) == len(rows.visit_id)
     part = np.flatnonzero((rows.earlier["user"] >= 10) & (rows.earlier["user"] < 100))
     (click,) = (series for series in activity.series if series.name == "click")
@@ -58,7 +59,8 @@ def test_a_class_that_is_absent_has_no_metric(rows: HeldOutRows) -> None:
     assert metrics_with_intervals(negative)["click"] == {"auc": None, "gauc": None, "best_auc": None}
     empty = rows.take(np.zeros(0, np.int64))
     assert metrics_with_intervals(empty)["gift"]["auc"] is None
-    assert all(point is None for part in parts_of(negative) for point in part.series[0].points)
+    clicks = [series for part in parts_of(negative) for series in part.series if series.name == "click"]
+    assert clicks and all(point is None for series in clicks for point in series.points)
 
 
 @pytest.mark.parametrize("change", ["text", "no file", "other columns", "a column less", "texts"])

@@ -143,6 +143,17 @@ def is_run(directory: Path) -> bool:
     return any(os.path.lexists(directory / name) for name in _MARKS)
 
 
+def no_run(directory: Path) -> str:
+    """Return the beginning of a message about a path that is no run: what is there instead."""
+    if not directory.exists():
+        return f"{directory}: no run here, there is no such directory"
+    if not directory.is_dir():
+        return f"{directory}: no run here, but a file; name the directory of a run"
+    if not any(directory.iterdir()):
+        return f"{directory}: no run here, the directory is empty"
+    return f"{directory}: no run here"
+
+
 def summarize(directory: Path) -> RunSummary:
     """Return a run as its files describe it; damage is its state."""
     try:

@@ -187,6 +187,7 @@ def plan_ranker(
             "fill": assumed.fill,
             "distinct": "even draws" if assumed.distinct is None else assumed.distinct,
             "mfu": mfu,
+            "ids": "spread evenly over the rows of a table" + (", dynamic tables full" if any(of_ids) else ""),
         },
     }
     free = figures.memory_bytes - (totals[fullest] - memory[fullest]["tables"] - memory[fullest]["table optimizer"])

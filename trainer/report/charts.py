@@ -328,7 +328,7 @@ def _look(number: int) -> tuple[str, str]:
 def _legend(series: Sequence[Series], shape: str = "line") -> list[LegendEntry]:
     if len(series) == 1:
         return []
-    return [LegendEntry(one.name, *_look(number), shape) for number, one in enumerate(series)]
+    return [LegendEntry(one.name, *_look(number), shape) for number, one in enumerate(series) if one.known()]
 
 
 def _table(x_label: str, series: Sequence[Series], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:

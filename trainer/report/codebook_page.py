@@ -97,7 +97,7 @@ def _use(levels: list[dict[str, Any]]) -> ReportSection:
     for place, level in enumerate(levels, 1):
         curve = numbers(level.get("curve"))
         step = 100 / max(len(curve) - 1, 1)
-        shares = [None if value is None else 100 * value for value in curve]
+        shares = [None if value is None else min(100.0, 100 * value) for value in curve]
         series.append(Series.of(f"level {place}", [step * at for at in range(len(curve))], shares))
     chart = line_chart("Use of the codes", "% of the codes, the most frequent first", "% of the segments", series)
     text = "With equally frequent codes the curve is a straight line from 0 to 100 %."

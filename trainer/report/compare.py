@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.checkpoint.runs import RunSummary, is_run, summarize
+from trainer.checkpoint.runs import RunSummary, is_run, no_run, summarize
 from trainer.config.diff import flat_settings
 from trainer.console.errors import UserError, one_line, printable
 from trainer.console.text_table import text_table
@@ -97,7 +97,7 @@ def compare_runs(directories: Sequence[str]) -> RunComparison:
     for path in paths:
         # A baseline's directory has metrics, and the files of a run are those of the run around it.
         if not is_run(path) and not (path / "metrics.json").exists():
-            raise UserError(f"{path}: no run here")
+            raise UserError(no_run(path))
     runs = [summarize(path) for path in paths]
     notes = [f"{run.directory}: {run.state}: {run.reason}" for run in runs if run.reason]
     notes += [f"{run.directory}: {run.state}, and has no metrics yet" for run in runs if not run.metrics]

@@ -226,18 +226,23 @@ def parts_of(held_out: HeldOutRows) -> list[Parts]:
         (titles[key], np.searchsorted(_EDGES, np.nan_to_num(counts), side="right"), _BANDS)
         for key, counts in held_out.earlier.items()
     ]
-    dimensions.append(
-        (f"AUC by hour of the request ({held_out.timezone})", held_out.hours(), tuple(map(str, range(24))))
-    )
+    hours = f"AUC by hour of the request ({held_out.timezone})", held_out.hours(), tuple(map(str, range(24)))
     draws = UserDraws(held_out, PART_DRAWS)
-    return [_parts(held_out, draws, *dimension) for dimension in dimensions]
+    # Intervals of several behaviours in 24 hours would hide each other.
+    return [
+        *(_parts(held_out, draws, SHOWN, *dimension) for dimension in dimensions),
+        _parts(held_out, draws, 1, *hours),
+    ]
 
 
-def _parts(held_out: HeldOutRows, draws: UserDraws, title: str, part: np.ndarray, names: Sequence[str]) -> Parts:
+def _parts(
+    held_out: HeldOutRows, draws: UserDraws, most: int, title: str, part: np.ndarray, names: Sequence[str]
+) -> Parts:
+    """Return the AUC of the ``most`` behaviours with the most positives, by part of the rows."""
     present = np.unique(part).tolist()
     rows = [np.flatnonzero(part == number) for number in present]
     positives = (held_out.label * (held_out.mask > 0)).sum(0)
-    shown = sorted(np.argsort(-positives, kind="stable")[:SHOWN].tolist())
+    shown = sorted(np.argsort(-positives, kind="stable")[:most].tolist())
     series = []
     for k in shown:
         points = []
@@ -246,4 +251,6 @@ def _parts(held_out: HeldOutRows, draws: UserDraws, title: str, part: np.ndarray
             enough = min(labels.sum(), (~labels).sum()) >= FEWEST
             points.append(point_of(draws.auc(k, held_out.probability[:, k], places)) if enough else None)
         series.append(Series(held_out.behaviours[k], list(range(len(present))), points))
+    if len(series) == 1:
+        title = f"{title}, {series[0].name}"
     return Parts(title, [names[number] for number in present], [len(places) for places in rows], series)

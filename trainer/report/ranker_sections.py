@@ -80,7 +80,10 @@ def parts_section(run: StoredRun) -> list[ReportSection]:
             if chart is not None:
                 cells = [[*line, f"{rows:,}"] for line, rows in zip(chart.rows, part.rows, strict=True)]
                 charts.append(replace(chart, header=[*chart.header, "rows"], rows=cells))
-    text = f"The {SHOWN} behaviours with the most positives. Bars are 95 % intervals over users ({PART_DRAWS} draws)."
+    text = (
+        f"The {SHOWN} behaviours with the most positives, and by hour the first of them. Bars are 95 % intervals over "
+        f"users ({PART_DRAWS} draws)."
+    )
     return [ReportSection("Where it is good and bad", text, [], charts)] if charts else []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.checkpoint.manifest import JOB, list_checkpoints
-from trainer.checkpoint.runs import DAMAGED, RunSummary, is_run, summarize
+from trainer.checkpoint.runs import DAMAGED, RunSummary, is_run, no_run, summarize
 from trainer.console.errors import UserError, one_line
 from trainer.ranking.attention_examples import ATTENTION_EXAMPLES
 from trainer.ranking.held_out_rows import HELD_OUT
@@ -88,7 +88,7 @@ class StoredRun:
         """
         codebook = (directory / CODEBOOK).is_file()
         if not is_run(directory) and not codebook:
-            raise UserError(f"{directory}: no run here, and no codebook")
+            raise UserError(f"{no_run(directory)}, and no codebook")
         reader = _Reader()
         empty: dict[str, Any] = {}
         if codebook:

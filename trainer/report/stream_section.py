@@ -65,7 +65,15 @@ def stream_section(run: StoredRun) -> ReportSection:
             )
         )
     )
-    return ReportSection("Stream", _users(mapping(stream.get("users"))), tables, charts)
+    return ReportSection("Stream", f"{_replay(run)} {_users(mapping(stream.get('users')))}".strip(), tables, charts)
+
+
+def _replay(run: StoredRun) -> str:
+    """Return what the lag of a replay means; empty for other streams."""
+    settings = mapping(run.config.get("stream"))
+    if settings.get("source") != "files" or number(settings.get("speed")):
+        return ""
+    return "Stored events were replayed as fast as possible, so the lag is what was left of the log."
 
 
 def _counts(counts: Mapping[str, Any]) -> list[ReportTable]:

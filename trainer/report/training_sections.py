@@ -29,7 +29,7 @@ def training_curves(models: Sequence[ReportedModel]) -> ReportSection:
         losses.append(Series.of(model.name, places, [number(entry.get("loss")) for entry in model.history]))
         minutes = [seconds / 60 for seconds in seconds_until(model.history)]
         if minutes and minutes[-1] > 0:
-            times.append(Series.of(model.name, minutes, list(rows)))
+            times.append(Series.of(model.name, [0.0, *minutes], [0.0, *rows]))
     own = models[0]
     rows = cumulated(own.history, "rows")
     for name in mapping(own.history[-1].get("auc")) if own.history else ():

@@ -35,7 +35,12 @@ def test_a_plan_is_printed_as_json_and_written_to_a_directory(job: str, capsys: 
     assert main([*words, "--fill", "0.5", "--distinct", "0.2", "--mfu", "0.5", "--json", "--out", "planned"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(Path("planned/plan.json").read_text())
-    assert printed["assumptions"] == {"fill": 0.5, "distinct": 0.2, "mfu": 0.5}
+    assert printed["assumptions"] == {
+        "fill": 0.5,
+        "distinct": 0.2,
+        "mfu": 0.5,
+        "ids": "spread evenly over the rows of a table",
+    }
     assert printed["cluster"]["gpus"] == 4 and printed["cluster"]["hosts"] == 2
     (item,) = (table for table in printed["tables"] if table["table"] == "item")
     assert item["rows"] == 2_000_000
