@@ -115,6 +115,14 @@ def test_the_choice_is_the_same_for_a_seed_and_takes_turns() -> None:
     assert alone == [mutant for mutant in draws[0] if mutant.file == "a.py"]
 
 
+def test_results_are_of_modules_and_tests_that_exist() -> None:
+    """Results of a module that was moved or removed stay until the next ``python -m tests.mutants --count 0``."""
+    for entry in json.loads(script.OUT.read_text())["mutants"]:
+        assert entry["file"] in TESTS, entry["file"]
+        file, name, _ = (entry["found_by"] or "").partition("::")
+        assert not name or (ROOT / file).is_file(), file
+
+
 def test_the_modules_and_their_tests_exist() -> None:
     for module, tests in TESTS.items():
         assert (ROOT / module).is_file()

@@ -121,6 +121,7 @@ def test_a_table_may_have_the_name_of_a_method_of_a_network() -> None:
     assert sum(1 for _ in projections.parameters()) == 3 * len(names)
     # Loading, changes of the type and of the mode reach all of them.
     loaded = VectorProjections({name: (3, 2) for name in names}).to(torch.float64).eval()
+    assert projections.training and not loaded.training
     loaded.load_state_dict(projections.state_dict())
     for name in names:
         assert torch.equal(loaded[name].linear.weight, projections[name].linear.weight.double())

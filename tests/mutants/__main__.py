@@ -3,6 +3,7 @@
     python -m tests.mutants                          # 500 bugs; bugs that are in the file already are not tried again
     python -m tests.mutants --only modules/search    # bugs of these files only
     python -m tests.mutants --survivors              # once more those that no test has found
+    python -m tests.mutants --count 0                # one of each file; bugs of lines that are gone are forgotten
 
 The bugs are chosen mechanically with a seed (``tests.mutants.operators``) and go into a copy of the tree in a temporary
 directory. Each result is written at once, so the command can be stopped and continued. The suite does not run this. It
@@ -183,6 +184,8 @@ def run(
             for mutant in wanted:
                 print(f"{mutant.file}:{mutant.line} {mutant.original}\n    {mutant.mutant}")
             return document(list(entries.values()), options.seed)
+        # Results of lines and tests that are no longer there go at once, also if nothing is tried.
+        write_entries(options.out, entries, options.seed)
         for package in ("trainer", "modules"):
             compileall.compile_dir(copy / package, quiet=2, workers=1)
         preload()

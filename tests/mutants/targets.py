@@ -186,6 +186,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "modules/text_pooling.py": ("tests/modules/test_text_pooling.py",),
     "trainer/llm/finetuning/adapter_engine.py": TUNING,
     "trainer/llm/finetuning/answer_loss.py": TUNING,
+    "trainer/llm/finetuning/option_calibration.py": ("tests/llm/finetuning/test_option_calibration.py",),
     "trainer/llm/finetuning/option_evaluation.py": ("tests/llm/finetuning/test_option_evaluation.py", *TUNING),
     "trainer/llm/finetuning/packed_batch.py": TUNING,
     "trainer/llm/finetuning/packing.py": ("tests/llm/finetuning/test_packing.py",),
@@ -251,10 +252,12 @@ TESTS: dict[str, tuple[str, ...]] = {
         *STAYTIME,
     ),
     "trainer/comment_staytime/comment_texts.py": ("tests/comment_staytime/test_comment_selection.py", *STAYTIME),
-    "trainer/comment_staytime/evaluation.py": STAYTIME,
-    "trainer/comment_staytime/inputs.py": STAYTIME,
-    "trainer/comment_staytime/model.py": STAYTIME,
+    "trainer/comment_staytime/earlier_events.py": ("tests/comment_staytime/test_earlier_events.py",),
+    "trainer/comment_staytime/evaluation.py": (*STAYTIME, "tests/comment_staytime/test_watch_times.py"),
+    "trainer/comment_staytime/inputs.py": (*STAYTIME, "tests/comment_staytime/test_watch_times.py"),
+    "trainer/comment_staytime/model.py": (*STAYTIME, "tests/comment_staytime/test_watch_times.py"),
     "trainer/comment_staytime/scoring.py": STAYTIME,
+    "trainer/comment_staytime/watch_times.py": ("tests/comment_staytime/test_watch_times.py",),
 }
 """Module -> its test files; the mirrored file first."""
 
