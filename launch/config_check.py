@@ -152,7 +152,7 @@ def _count_rows(data: Dataset, selection: Selection) -> int:
 
 
 def _check_finetune(job: FinetuneConfig, ranks: int, found: JobCheck) -> None:
-    from trainer.llm.finetuning.option_evaluation import Options
+    from trainer.llm.finetuning.option_evaluation import CalibrationOptions, Options
     from trainer.llm.finetuning.prepare import check_length, deepspeed_settings
     from trainer.llm.finetuning.samples import ReadCounts, read_samples
 
@@ -166,6 +166,7 @@ def _check_finetune(job: FinetuneConfig, ranks: int, found: JobCheck) -> None:
     found.run("data.train", lambda: count(job.data.train))
     found.run("data.general", lambda: count(job.data.general))
     held_out = found.run("data.evaluate", lambda: list(read_samples(job.data.evaluate, ReadCounts())))
+    tuning = found.run("data.tune", lambda: list(read_samples(job.data.tune, ReadCounts())))
     if not job.model.path:
         return
     base = _check_base(job.model.path, job.model.tokenizer, found)
@@ -173,6 +174,9 @@ def _check_finetune(job: FinetuneConfig, ranks: int, found: JobCheck) -> None:
         found.run("data.length", lambda: check_length(job, base))
         if held_out:
             found.run("options to evaluate", lambda: Options.of(held_out, base.tokenizer, job.data.length))
+        if tuning and held_out:
+            length = job.data.length
+            found.run("options to tune on", lambda: CalibrationOptions.of(tuning, held_out, base.tokenizer, length))
 
 
 def _check_embed(job: EmbeddingJob, found: JobCheck) -> None:

@@ -24,7 +24,7 @@ from trainer.console.run_log import open_log, set_step
 from trainer.llm.finetuning.adapter_card import training_sections
 from trainer.llm.finetuning.attention_choice import settled_attention
 from trainer.llm.finetuning.checkpoints import AdapterCheckpoints
-from trainer.llm.finetuning.option_evaluation import Options, evaluate, report_table
+from trainer.llm.finetuning.option_evaluation import CalibrationOptions, Options, evaluate, report_table
 from trainer.llm.finetuning.packed_attention import describe_attention
 from trainer.llm.finetuning.prepare import (
     deepspeed_settings,
@@ -68,14 +68,16 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
     # The run, its checkpoints and its adapter mean the same in every directory; messages up to here are as typed.
     config = settled_attention(absolute_paths(config), directory, world)
     settings = deepspeed_settings(config, world.size)
-    held_out = list(read_samples(config.data.evaluate, ReadCounts()))
+    held_out, tuning = (list(read_samples(files, ReadCounts())) for files in (config.data.evaluate, config.data.tune))
     with run_directory(directory, world, job="finetune", mlflow=mlflow_target(config, directory)):
         if world.rank == 0:
             begin_run(directory, config, world.size)
         world.barrier()
         open_log(directory / "logs", world.rank)
         base = prepare_base(config, directory, world)
-        options = Options.of(held_out, base.tokenizer, config.data.length) if held_out else None
+        length = config.data.length
+        options = Options.of(held_out, base.tokenizer, length) if held_out else None
+        calibration = CalibrationOptions.of(tuning, held_out, base.tokenizer, length) if tuning else None
         tokens, samples = prepare_tokens(config, base, directory, world)
         model, engine = start_engine(config, base, settings, directory, world.device)
         schedule = make_schedule(config, tokens)
@@ -94,9 +96,10 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
                 model,
                 options,
                 tokens.counts.answers,
-                length=config.data.length,
+                length=length,
                 rows=settings["train_micro_batch_size_per_gpu"],
                 world=world,
+                calibration=calibration,
             )
             logger.info(report_table(report))
         # Collective under ZeRO 3, hence before the branch on the rank.

@@ -2,13 +2,16 @@
 
     python -m benchmarks.quality.instructions --work build/instructions --out benchmarks/results/instructions.json
 
-A simulated world of 3,000 users and ten days, the last two held out. The samples and the job are those of
-``configs/finetune_small.toml``, whose settings were chosen on the day before. For every seed (of weights, adapters and
-order) the model is fine-tuned on one rank. It is compared with the untuned model, the majority and popularity
-baselines, and ``words``: a logit on hand-made features of the same prompts, which knows the world's lists of words.
+A simulated world of 3,000 users and ten days. The first eight are for training, the ninth for the calibration of the
+probabilities, and the last one is reported. The samples and the job are those of ``configs/finetune_small.toml``, whose
+settings were chosen on the eighth day. For every seed (of weights, adapters and order) the model is fine-tuned on one
+rank. It is compared with the untuned model, the majority and popularity baselines, and ``words``: a logit on hand-made
+features of the same prompts, which knows the world's lists of words. ``calibrated`` are the model's probabilities after
+the correction of ``trainer/llm/finetuning/option_calibration.py``.
 
 A finished run is kept in ``--work``; the same command continues with the others, and none is started after
 ``--minutes``. Intervals are Student's t over the seeds; the popularity baseline is the same for all of them.
+``errors`` are standard errors over the samples of the first seed.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.measure import make_parser, mean_and_half_width, write_result
@@ -28,7 +33,7 @@ from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
 from trainer.data.simulator.write_dataset import simulate
 from trainer.finetune import run_job
-from trainer.llm.finetuning.option_evaluation import MODELS
+from trainer.llm.finetuning.option_evaluation import CALIBRATED, CHANCE, MODELS
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.instructions.write import InstructionPlan, write_instructions
 from trainer.runtime.distributed import World
@@ -37,7 +42,8 @@ from trainer.runtime.preemption import Preemption
 JOB = "configs/finetune_small.toml"
 USERS, DAYS = 3000, 10
 PLAN = InstructionPlan(
-    evaluate_from="2024-03-12",
+    evaluate_from="2024-03-13",
+    tune_from="2024-03-12",
     evaluate_samples=1_000,
     samples=30_000,
     most={"staytime": 8_000},
@@ -58,7 +64,7 @@ def prepare(work: Path, users: int, plan: InstructionPlan) -> Path:
 def run_seed(samples: Path, directory: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the metrics of a run; train it if it is missing or not finished."""
     settings = [f"run.directory={directory}", f"run.seed={seed}", "train.device=cpu"]
-    settings += [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "evaluate", "general")]
+    settings += [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "tune", "evaluate", "general")]
     if not (directory / "metrics.json").exists():
         config = load_finetune(JOB, [*settings, *overrides])
         with World.join("cpu") as world:
@@ -82,7 +88,8 @@ def words(samples: Path) -> dict[str, float]:
 def summarise(runs: Sequence[Mapping[str, Any]], words_accuracy: Mapping[str, float]) -> dict[str, Any]:
     """Return by task the means over the seeds and the half-widths of their 95 % intervals.
 
-    ``gain`` is of the model over the better one of the baselines, seed by seed.
+    ``gain`` is of the model over the better one of the baselines, and ``change`` of the calibrated probabilities over
+    the model's own, seed by seed.
     """
     summary: dict[str, Any] = {}
     for task, first in runs[0].items():
@@ -91,6 +98,20 @@ def summarise(runs: Sequence[Mapping[str, Any]], words_accuracy: Mapping[str, fl
             of_task[name] = mean_and_half_width([run[task][name]["accuracy"] for run in runs])
         for metric in ("log_loss", "auc"):
             of_task[metric] = mean_and_half_width([run[task]["model"][metric] for run in runs])
+        if CALIBRATED in first:
+            of_task["chance"] = first[CHANCE]
+            of_task[CALIBRATED] = {
+                metric: mean_and_half_width([run[task][CALIBRATED][metric] for run in runs])
+                for metric in ("accuracy", "log_loss", "auc")
+            }
+            of_task["change"] = {
+                metric: mean_and_half_width(
+                    [run[task][CALIBRATED][metric] - run[task]["model"][metric] for run in runs]
+                )
+                for metric in ("accuracy", "log_loss", "auc")
+            }
+            of_task["calibration"] = [run[task]["calibration"] for run in runs]
+            of_task["errors"] = {name: first[name]["log_loss_error"] for name in ("model", CALIBRATED)}
         of_task["gain"] = mean_and_half_width(
             [run[task]["model"]["accuracy"] - max(run[task][name]["accuracy"] for name in BASELINES) for run in runs]
         )
@@ -120,7 +141,21 @@ def table(summary: Mapping[str, Any]) -> str:
         [task, f"{row['samples']:,}", *(cell(row[name]) for name in columns), f"{row['words']:.3f}", cell(row["gain"])]
         for task, row in summary.items()
     ]
-    return text_table(["task", "samples", *columns, "words", "gain over the better baseline"], lines)
+    found = text_table(["task", "samples", *columns, "words", "gain over the better baseline"], lines)
+    if not all(CALIBRATED in row for row in summary.values()):
+        return found
+    lines = [
+        [
+            task,
+            *(cell(value) for value in (row["model"], row[CALIBRATED]["accuracy"])),
+            *(cell(value) for value in (row["log_loss"], row[CALIBRATED]["log_loss"])),
+            f"{row['chance']['log_loss']:.3f}",
+            *(f"{np.mean([fit[name] for fit in row['calibration']]):.3f}" for name in ("scale", "bare")),
+        ]
+        for task, row in summary.items()
+    ]
+    header = ["task", "right", "calibrated", "log loss", "calibrated", "chance", "scale", "bare"]
+    return f"{found}\n\n{text_table(header, lines)}"
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
@@ -146,11 +181,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=local_argument, required=True, help="directory of data and runs")
     parser.add_argument("--users", type=int, default=USERS, help="users of the simulated world (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="number of runs (default: %(default)s)")
+    parser.add_argument(
+        "--evaluate-samples",
+        type=int,
+        default=PLAN.evaluate_samples,
+        metavar="N",
+        help="samples of a task to report, and to calibrate on (default: %(default)s)",
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    samples = prepare(options.work, options.users, PLAN)
+    samples = prepare(options.work, options.users, replace(PLAN, evaluate_samples=options.evaluate_samples))
     deadline, runs, metrics = time.monotonic() + 60 * options.minutes, [], []
     for seed in range(1, options.seeds + 1):
         directory = options.work / f"run-{options.users}-{seed}"

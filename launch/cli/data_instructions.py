@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "LIMELIGHT_ANNOTATE_KEY"
 """Environment variable of the API key. It is no variable of another program, so no key of one is sent by accident."""
 
-VISITS_ONLY = ("buckets", "history")
+VISITS_ONLY = ("tune_from", "buckets", "history")
 SEGMENTS_ONLY = ("annotations", "comments")
 ASKING_ONLY = ("model", "concurrency", "timeout", "retries")
 """Options that are of use only for samples about visits, for those about segments, and with --annotate."""
@@ -47,7 +47,7 @@ def _check_options(settings: dict[str, Any]) -> None:
     def refuse(names: tuple[str, ...], reason: str) -> None:
         for name in names:
             if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-                raise click.UsageError(f"--{name} {reason}")
+                raise click.UsageError(f"--{name.replace('_', '-')} {reason}")
 
     if not settings["segments"]:
         refuse((*SEGMENTS_ONLY, "annotate", *ASKING_ONLY), "is for samples about segments; add --segments")
@@ -74,8 +74,15 @@ def _check_options(settings: dict[str, Any]) -> None:
     metavar="T",
     help="Date or time: visits and segments that ended before it are for training, later ones for evaluation.",
 )
+@click.option(
+    "--tune-from",
+    default="",
+    metavar="T",
+    help="Earlier date or time: training ends at it, and the visits from it until --evaluate-from are written to "
+    "tune.jsonl, for the key data.tune of a fine-tuning job.",
+)
 @_number("samples", 20_000, "N", "Most training samples of a task.")
-@_number("evaluate-samples", 2_000, "N", "Most evaluation samples of a task.")
+@_number("evaluate-samples", 2_000, "N", "Most evaluation samples of a task, and most to tune on.")
 @_number("candidates", 4, "K", "Comments, or answers about a segment, to choose from.")
 @_number("buckets", 4, "B", "Ranges of staytimes.")
 @_number("history", 6, "H", "Earlier stays or interactions in a prompt.")

@@ -54,6 +54,13 @@ class FinetuneDataConfig(Section):
         description="Sample files with `options`, of later days, to evaluate on. Empty: no evaluation.",
         json_schema_extra=MAY_CHANGE,
     )
+    tune: InputFiles = Field(
+        (),
+        description="Sample files with `options`, of days between those of `train` and `evaluate`. The calibration of "
+        "the options' probabilities is fitted on them, by task (`trainer/llm/finetuning/option_calibration.py`). "
+        "Empty: no calibration.",
+        json_schema_extra=MAY_CHANGE,
+    )
     general: InputFiles = Field(
         (), description="Files of general-purpose samples that are mixed in to prevent forgetting."
     )
@@ -71,6 +78,8 @@ class FinetuneDataConfig(Section):
     def _general_in_full(self) -> FinetuneDataConfig:
         if bool(self.general) != bool(self.general_share):
             raise ValueError("`general` and `general_share` must be set together")
+        if self.tune and not self.evaluate:
+            raise ValueError("`tune` calibrates the evaluation; set `evaluate` as well")
         return self
 
 

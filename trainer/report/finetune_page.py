@@ -11,7 +11,13 @@ from trainer.report.page_parts import JobPage, ReportSection, ReportTable, drawn
 from trainer.report.stored_run import StoredRun
 from trainer.report.stored_values import mapping, number, share_of, whole
 
-MODELS = {"model": "tuned", "untuned": "untuned", "majority": "majority", "popularity": "popularity"}
+MODELS = {
+    "model": "tuned",
+    "calibrated": "tuned, calibrated",
+    "untuned": "untuned",
+    "majority": "majority",
+    "popularity": "popularity",
+}
 """Key of ``metrics.json`` -> name in the page."""
 
 LOST = 0.05

@@ -72,16 +72,21 @@ def test_gains_are_over_the_better_baseline_of_each_seed() -> None:
 
 @pytest.mark.slow
 def test_a_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = InstructionPlan("2024-03-12", evaluate_samples=30, samples=120, templates=str(TEMPLATES))
+    plan = InstructionPlan("2024-03-13", samples=120, templates=str(TEMPLATES), tune_from="2024-03-12")
     monkeypatch.setattr(instructions, "PLAN", plan)
     out = tmp_path / "results" / "instructions.json"
-    command = [f"--work={tmp_path / 'work'}", "--users=60", "--seeds=1", f"--out={out}"]
+    command = [f"--work={tmp_path / 'work'}", "--users=60", "--seeds=1", "--evaluate-samples=30", f"--out={out}"]
     small = ["train.epochs=1", "small.hidden=16", "small.layers=1", "small.heads=2", "small.vocabulary=600"]
     instructions.main([*command, *small])
     written = json.loads(out.read_text())
     assert set(written["tasks"]) == {"staytime", "top_comment", "user_comment"} and written["seeds"] == 1
     for task in written["tasks"].values():
         assert 0 <= task["model"][0] <= 1 and task["model"][1] is None and 0 <= task["words"] <= 1
+        assert task["change"]["log_loss"][0] == pytest.approx(task["calibrated"]["log_loss"][0] - task["log_loss"][0])
+        assert task["chance"]["log_loss"] > 0.5 and task["errors"]["calibrated"] > 0
+    fitted = written["tasks"]["user_comment"]["calibration"]
+    assert len(fitted) == 1 and fitted[0]["samples"] > 10 and fitted[0]["bare"] != 0
+    assert written["tasks"]["staytime"]["calibration"][0]["bare"] == 0
     assert written["settings"]["epochs"] == 1 and written["steps"] > 0
     assert out.with_suffix(".svg").stat().st_size > 1000
 

@@ -9,7 +9,16 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.llm.tiny import samples
 from trainer.console.errors import UserError
-from trainer.llm.finetuning.option_evaluation import Options, baseline_scores, report_of, report_table
+from trainer.llm.finetuning.option_calibration import fit_calibration
+from trainer.llm.finetuning.option_evaluation import (
+    CalibrationOptions,
+    Options,
+    baseline_scores,
+    calibrate,
+    fit_by_task,
+    report_of,
+    report_table,
+)
 from trainer.llm.finetuning.samples import Sample
 from trainer.llm.models.base_model import BaseModelFiles
 
@@ -57,3 +66,47 @@ def test_options_become_samples_and_their_values_go_back(base: BaseModelFiles) -
         Options.of([samples(1)[0], Sample("p", "a", "u")], base.tokenizer, 64)
     with pytest.raises(UserError, match=r"(^| )1 options leave no room"):
         Options.of([Sample("p", "a", "t", ("a", "river " * 30))], base.tokenizer, 8)
+
+
+def test_calibration_pairs_every_sample_with_its_own_bare_score(base: BaseModelFiles) -> None:
+    """Samples with and without a bare prompt, of three tasks, one of which has nothing to tune on."""
+    random = np.random.default_rng(1)
+    cases = [
+        Sample(f"p {number}", "ab"[number % 2], task, ("a", "b"), (), f"bare {number}" if task == "text" else "")
+        for number in range(40)
+        for task in ("text", "letter")
+    ]
+    options = CalibrationOptions.of(cases, [*cases[:3], Sample("p", "a", "other", ("a", "b"))], base.tokenizer, 64)
+    assert options.tuning.tokens.counts.samples == 160
+    assert options.bare_tuning is not None and options.bare is not None
+    assert [one.prompt for one in options.bare_tuning.samples][:2] == ["bare 0", "bare 1"]
+    assert [one.prompt for one in options.bare.samples] == ["bare 0", "bare 1"]
+    assert CalibrationOptions.of(cases[1:2], cases[1:2], base.tokenizer, 64).bare is None
+
+    scores = [random.normal(size=2) for _ in cases]
+    bare = [random.normal(size=2) for case in cases if case.bare_prompt]
+    fitted = fit_by_task(cases, scores, bare)
+    answers = [number % 2 for number in range(40)]
+    assert fitted == {
+        "text": fit_calibration(scores[::2], bare, answers),
+        "letter": fit_calibration(scores[1::2], [None] * 40, answers),
+    }
+    other = Sample("p", "a", "other", ("a", "b"))
+    unlike = Sample("p", "a", "text", ("a", "b"))
+    found = calibrate(fitted, [*cases[:3], other, unlike], [*scores[:3], np.ones(2), np.ones(2)], bare[:2])
+    numbers = fitted["text"]
+    np.testing.assert_allclose(found[0], numbers.scale * scores[0] - numbers.bare * bare[0])
+    np.testing.assert_allclose(found[1], fitted["letter"].scale * scores[1])
+    np.testing.assert_allclose(found[2], numbers.scale * scores[2] - numbers.bare * bare[1])
+    assert found[3] is None and found[4] is None
+
+
+def test_a_calibrated_model_has_columns_of_its_own() -> None:
+    cases = [made("a", "ab"), made("b", "ab")]
+    scores = [np.array([3.0, 0.0]), np.array([3.0, 0.0])]
+    report = report_of(cases, {"model": scores, "calibrated": [0.1 * one for one in scores]})
+    assert report["t"]["calibrated"]["log_loss"] < report["t"]["model"]["log_loss"]
+    assert report_table(report).count("calibrated") == 3
+    assert "calibrated" not in report_table(report_of(cases, {"model": scores, "calibrated": [None, None]}))
+    losses = -np.log(np.exp([3.0, 0.0]) / (1 + np.exp(3)))
+    assert report["t"]["model"]["log_loss_error"] == pytest.approx(losses.std() / np.sqrt(2))

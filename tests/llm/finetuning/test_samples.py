@@ -46,6 +46,7 @@ def test_samples_are_read_in_order_and_empty_ones_counted(tmp_path: Path) -> Non
         ({"task": "t", "prompt": "p", "answer": "a", "options": ["a", " "]}, "strings that are not blank"),
         ({"task": "t", "prompt": "p", "answer": "a", "options": ["a"], "popularity": [1, 2]}, "2 popularity figures"),
         ({"task": "t", "prompt": "p", "answer": "a", "options": ["a"], "popularity": [True]}, "use a list of numbers"),
+        ({"task": "t", "prompt": "p", "answer": "a", "bare_prompt": ["p"]}, 'bare_prompt = ["p"]: use a string'),
     ],
 )
 def test_a_line_that_is_no_sample_is_named(tmp_path: Path, line: object, message: str) -> None:

@@ -196,6 +196,47 @@ def test_the_future_of_a_visit_changes_no_prompt(
     assert compared > 50
 
 
+def test_samples_to_tune_on_lie_between_the_others_and_change_none_of_evaluation(
+    world: Path, records: dict[str, list[Record]], visits: dict[int, Record], tmp_path: Path
+) -> None:
+    plan = InstructionPlan(**{**PLAN.__dict__, "tune_from": "2024-03-05"})
+    manifest = write_instructions(world, tmp_path / "out", plan)
+    train, tune, evaluate = (read(tmp_path / "out", split) for split in ("train", "tune", "evaluate"))
+    assert manifest["samples"]["tune"] == dict(Counter(record["task"] for record in tune))
+    for record in tune:
+        visit = visits[record["visit_id"]]
+        assert BORDER_MS - DAY_MS <= visit["request_ms"] < visit["request_ms"] + visit["staytime_ms"] < BORDER_MS
+    for record in train:
+        visit = visits[record["visit_id"]]
+        assert visit["request_ms"] + visit["staytime_ms"] < BORDER_MS - DAY_MS
+    videos = [
+        {visits[record["visit_id"]]["item_id"] for record in some if record["task"] == "top_comment"}
+        for some in (train, tune, evaluate)
+    ]
+    assert all(videos) and sum(map(len, videos)) == len(set.union(*videos))
+    # Ranges of the staytime are fitted on fewer days, and top comments are of other videos; this task has neither.
+    alike = [
+        [record for record in some if record["task"] == "user_comment"] for some in (evaluate, records["evaluate"])
+    ]
+    assert alike[0] == alike[1] and len(alike[0]) > 20
+    with pytest.raises(UserError, match=r"--tune-from 2024-03-07 must be before --evaluate-from 2024-03-06"):
+        write_instructions(world, tmp_path / "no", InstructionPlan(**{**PLAN.__dict__, "tune_from": "2024-03-07"}))
+    with pytest.raises(UserError, match=r"no visits to tune on; --tune-from 2024-03-06 and --evaluate-from 2024-03-06"):
+        write_instructions(world, tmp_path / "no", InstructionPlan(**{**PLAN.__dict__, "tune_from": "2024-03-06"}))
+
+
+def test_a_bare_prompt_is_that_of_a_user_without_a_history(records: dict[str, list[Record]]) -> None:
+    """Only samples that are not trained on have one, and only where the answer is a text."""
+    assert not any("bare_prompt" in record for record in records["train"])
+    some = [record for record in records["evaluate"] if record["task"] == "user_comment"]
+    assert all("bare_prompt" not in record for record in records["evaluate"] if record["task"] != "user_comment")
+    header = "Comments that this user liked or answered, oldest first:\n"
+    for record in some:
+        _, rest = record["prompt"].split("Now the user reads", 1)
+        assert record["bare_prompt"] == f"{header}- nothing\nNow the user reads{rest}"
+    assert sum(record["bare_prompt"] != record["prompt"] for record in some) > len(some) / 4
+
+
 def test_the_position_of_an_option_gives_no_information(records: dict[str, list[Record]]) -> None:
     for task in ("top_comment", "user_comment"):
         full = [record for record in records["train"] if record["task"] == task and len(record["options"]) == 4]

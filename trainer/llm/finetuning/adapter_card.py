@@ -47,14 +47,19 @@ def training_sections(config: FinetuneConfig, metrics: Mapping[str, Any], source
     )
     sections = {"Data": data, "Training": trained}
     if metrics["evaluation"]:
+        calibrated = "; calibrated: the tuned model's scores, corrected on days before" if config.data.tune else ""
         sections["Evaluation"] = (
             "On samples with options of later days: the tuned model, the model without the adapter, and two "
-            f"baselines.\n\n```\n{report_table(metrics['evaluation'])}\n```"
+            f"baselines{calibrated}.\n\n```\n{report_table(metrics['evaluation'])}\n```"
         )
     return sections
 
 
 def _role(config: FinetuneConfig, path: str) -> str:
     """Return what a file of samples was used for."""
-    uses = {"training": config.data.train, "general samples, mixed in": config.data.general}
+    uses = {
+        "training": config.data.train,
+        "general samples, mixed in": config.data.general,
+        "calibration": config.data.tune,
+    }
     return next((use for use, files in uses.items() if Path(path) in map(Path, files)), "evaluation")

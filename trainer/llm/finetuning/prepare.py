@@ -110,7 +110,7 @@ def sources(config: FinetuneConfig) -> dict[str, Any]:
     The manifest of ``limelight data instructions`` has the templates and the edges of the staytime ranges.
     """
     known = {}
-    for path in map(Path, (*config.data.train, *config.data.general, *config.data.evaluate)):
+    for path in map(Path, (*config.data.train, *config.data.general, *config.data.tune, *config.data.evaluate)):
         manifest = path.with_name("manifest.json")
         entry = file_entry(path).model_dump()
         known[str(path)] = {**entry, "manifest": read_json_object(manifest) if manifest.is_file() else None}

@@ -3,7 +3,8 @@
     {"task": "staytime", "prompt": "... Answer: ", "answer": "B", "options": ["A", "B", "C"], "popularity": [3, 9, 1]}
 
 ``options`` are the possible answers; only evaluation needs them. ``popularity`` has a figure for each option, by which
-the popularity baseline chooses. Other keys are ignored.
+the popularity baseline chooses. ``bare_prompt`` is the prompt without what is known of the user; the score of an option
+after it corrects its score after the prompt (``option_calibration.py``). Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Sample:
         task: name of the task.
         options: all possible answers, without duplicates.
         popularity: a figure for each option; empty if unknown.
+        bare_prompt: the prompt without what is known of the user; empty if there is none.
     """
 
     prompt: str
@@ -41,6 +43,7 @@ class Sample:
     task: str
     options: tuple[str, ...] = ()
     popularity: tuple[float, ...] = ()
+    bare_prompt: str = ""
 
 
 @dataclass
@@ -95,6 +98,9 @@ def _parse(line: str, place: str) -> Sample:
     for key in ("task", "prompt", "answer"):
         if not isinstance(fields.get(key), str):
             raise UserError(f"{place}: {key} = {json.dumps(fields.get(key))}: use a string")
+    bare = fields.get("bare_prompt", "")
+    if not isinstance(bare, str):
+        raise UserError(f"{place}: bare_prompt = {json.dumps(bare)}: use a string")
     options, popularity = _list(fields, "options", str, place), _list(fields, "popularity", (int, float), place)
     if options:
         if len(set(options)) < len(options) or not all(option.strip() for option in options):
@@ -109,7 +115,7 @@ def _parse(line: str, place: str) -> Sample:
         raise UserError(
             f"{place}: {len(popularity)} popularity figures for {len(options)} options; use one for each option"
         )
-    return Sample(fields["prompt"], fields["answer"], fields["task"], tuple(options), tuple(popularity))
+    return Sample(fields["prompt"], fields["answer"], fields["task"], tuple(options), tuple(popularity), bare)
 
 
 def _list(fields: dict[str, Any], key: str, kind: type | tuple[type, ...], place: str) -> list[Any]:

@@ -102,10 +102,11 @@ class TaskSampler:
         self._interacted = UserTimeline(visits.user_id[owner], visits.known_ms[owner], visits.interacted.values)
         self._popularity = _RangePopularity(visits.item_id[fitted], self._bucket[fitted], len(self._ranges))
 
-    def samples(self, task: str, rows: np.ndarray, most: int) -> Iterator[Record]:
+    def samples(self, task: str, rows: np.ndarray, most: int, *, bare: bool = False) -> Iterator[Record]:
         """Yield up to ``most`` samples of a task from the visits at positions ``rows``, in that order.
 
-        A record has ``task, prompt, answer, options, popularity, visit_id, time_ms``.
+        A record has ``task, prompt, answer, options, popularity, visit_id, time_ms``, and with ``bare``, if the answers
+        are texts, ``bare_prompt``: the prompt of a user without a history.
         """
         make = {"staytime": self._staytime, "top_comment": self._top_comment, "user_comment": self._user_comment}[task]
         written = 0
@@ -116,6 +117,8 @@ class TaskSampler:
             if record is None:
                 self.counts.without_sample[task] += 1
                 continue
+            if not bare:
+                record.pop("bare_prompt", None)
             written += 1
             ids = {"visit_id": int(self._visits.visit_id[row]), "time_ms": int(self._visits.request_ms[row])}
             yield {"task": task, **record, **ids}
@@ -200,13 +203,16 @@ class TaskSampler:
         earlier = self._interacted.latest(visits.user_id[row], visits.request_ms[row], self._history)
         past = [template.fill("history", comment=text) for text in self._texts(earlier) if text]
         options = "\n".join(template.fill("option", comment=text) for text in texts[chosen])
-        prompt = template.fill("prompt", **video, history=_lines(template, past), options=options)
-        return _record(
+        prompt, bare = (
+            template.fill("prompt", **video, history=_lines(template, lines), options=options) for lines in (past, [])
+        )
+        record = _record(
             f"{prompt}\n",
             [template.fill("history", comment=text) for text in texts[chosen]],
             int(np.flatnonzero(chosen == answer)[0]),
             likes[chosen] if len(likes) == len(shown) else np.zeros(len(chosen)),
         )
+        return {**record, "bare_prompt": f"{bare}\n"}
 
     def liked(self, before_ms: int) -> Iterator[Record]:
         """Yield general samples: lists of comments that users liked or answered before a time.

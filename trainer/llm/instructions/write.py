@@ -32,7 +32,9 @@ from trainer.llm.models.prompt_templates import Template
 
 GENERAL = "general.jsonl"
 """File of plain texts of the training days, for the key ``data.general`` of a job."""
-MOST_PER_VIDEO = {"train": 12, "evaluate": 1}
+TUNE = "tune"
+"""Split between training and evaluation, for what is fitted on the scores of a trained model."""
+MOST_PER_VIDEO = {"train": 12, TUNE: 1, "evaluate": 1}
 """Most ``top_comment`` samples of a video by split. More would repeat each other: its comments hardly change."""
 
 
@@ -43,9 +45,11 @@ class InstructionPlan:
     Attributes:
         evaluate_from: date or time in the dataset's time zone. Visits that ended before it are for training, visits
             that began at it or later are for evaluation.
+        tune_from: an earlier date or time. Visits between the two are for ``tune.jsonl``, and training ends at this
+            one. Empty: no such file.
         samples: most training samples of each task.
         most: most training samples of a task, by task; replaces ``samples``.
-        evaluate_samples: most evaluation samples of each task.
+        evaluate_samples: most evaluation samples of each task, and most samples to tune on.
         candidates: number of comments to choose from.
         buckets: number of ranges of staytimes.
         history: most earlier stays or interactions in a prompt.
@@ -64,6 +68,7 @@ class InstructionPlan:
     templates: str = "configs/templates"
     seed: int = 1
     most: Mapping[str, int] = field(default_factory=dict)
+    tune_from: str = ""
 
 
 def write_instructions(
@@ -71,8 +76,10 @@ def write_instructions(
 ) -> dict[str, Any]:
     """Write ``train.jsonl``, ``general.jsonl``, ``evaluate.jsonl`` and ``manifest.json`` to a new directory.
 
+    With ``plan.tune_from`` there is a ``tune.jsonl`` as well.
+
     The manifest has the plan, the edges of the staytime ranges with their shares, name, hash and text of the templates,
-    and counts. No video has a ``top_comment`` sample in both files.
+    and counts. No video has a ``top_comment`` sample in two files.
 
     Args:
         dataset: path of a dataset with texts.
@@ -92,15 +99,22 @@ def write_instructions(
     spec = DatasetSpec.load(dataset)
     border = parse_time(plan.evaluate_from, spec.timezone, "--evaluate-from")
     visits = OpenedVisits.read(dataset)
+    tune_from = parse_time(plan.tune_from, spec.timezone, "--tune-from") if plan.tune_from else border
+    if tune_from > border:
+        raise UserError(f"--tune-from {plan.tune_from} must be before --evaluate-from {plan.evaluate_from}")
     split_rows = {
-        "train": np.flatnonzero(visits.known_ms < border),
+        "train": np.flatnonzero(visits.known_ms < tune_from),
+        TUNE: np.flatnonzero((visits.request_ms >= tune_from) & (visits.known_ms < border)),
         "evaluate": np.flatnonzero(visits.request_ms >= border),
     }
+    if not plan.tune_from:
+        del split_rows[TUNE]
     for split, rows in split_rows.items():
         if not len(rows):
+            borders = f"--tune-from {plan.tune_from} and " if plan.tune_from else ""
             raise UserError(
-                f"{dataset}: no visits to {split} on; --evaluate-from {plan.evaluate_from} must leave visits with an "
-                "opened comment area before and after it"
+                f"{dataset}: no visits to {split} on; {borders}--evaluate-from {plan.evaluate_from} must leave visits "
+                "with an opened comment area before and after it"
             )
     edges = fit_edges(visits.staytime_ms[split_rows["train"]], plan.buckets)
     tasks = TaskSampler(
@@ -117,7 +131,7 @@ def write_instructions(
     with new_samples(out) as tmp_path:
         counts = _write_splits(tmp_path, visits, split_rows, tasks, plan, progress or no_report)
         with open(tmp_path / GENERAL, "w", encoding="utf-8") as file:
-            counts["general"] = {"liked": write_lines(file, tasks.liked(border))}
+            counts["general"] = {"liked": write_lines(file, tasks.liked(tune_from))}
         share = np.bincount(bucket_of(visits.staytime_ms[split_rows["train"]], edges), minlength=plan.buckets)
         manifest = {
             "dataset": spec.name,
@@ -144,20 +158,21 @@ def _write_splits(
     plan: InstructionPlan,
     report: Report,
 ) -> dict[str, dict[str, int]]:
-    """Write the samples of both splits to ``folder``; return their numbers by split and task.
+    """Write the samples of all splits to ``folder``; return their numbers by split and task.
 
     ``split_rows`` has the positions of each split's visits.
 
     Raises:
         UserError: a split has no samples.
     """
-    counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    counts: dict[str, dict[str, int]] = {split: {} for split in split_rows}
     seen_videos = np.empty(0, np.int64)
-    for split in SPLITS:
+    for split in split_rows:
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for number, task in enumerate(TASKS):
                 most = plan.most.get(task, plan.samples) if split == "train" else plan.evaluate_samples
-                rng = np.random.default_rng([plan.seed, SPLITS.index(split), number])
+                # The stream of a split is the same with and without samples to tune on.
+                rng = np.random.default_rng([plan.seed, (*SPLITS, TUNE).index(split), number])
                 drawn = rng.permutation(split_rows[split])
                 if task == "user_comment":
                     drawn = drawn[visits.interacted.lengths[drawn] > 0]
@@ -165,8 +180,9 @@ def _write_splits(
                     # the answer of a video hardly changes, so its training samples would give away that of evaluation
                     drawn = drawn[~np.isin(visits.item_id[drawn], seen_videos)]
                     drawn = drawn[_first_of_each(visits.item_id[drawn], MOST_PER_VIDEO[split])]
-                    seen_videos = visits.item_id[drawn]
-                records = reported(tasks.samples(task, drawn, most), f"{split} {task}", min(most, len(drawn)), report)
+                    seen_videos = np.union1d(seen_videos, visits.item_id[drawn])
+                made = tasks.samples(task, drawn, most, bare=split != "train")
+                records = reported(made, f"{split} {task}", min(most, len(drawn)), report)
                 counts[split][task] = write_lines(file, records)
         if not any(counts[split].values()):
             raise UserError(f"{folder}: no samples to {split} on; the comments have no texts or were never shown")
