@@ -38,6 +38,7 @@ from modules.vector_loops import (
     copy,
     divide,
     dot,
+    dots,
     exponential,
     fill,
     narrow,
@@ -134,6 +135,18 @@ def copy_values(target: int, source: int, count: int) -> None:
 
 
 @njit(nogil=True)
+def row_dots(target: int, rows: int, stride: int, values: int, count: int, rest: float) -> None:
+    """Write the dot products of rows and a vector, and ``rest`` up to a multiple of ``LANES`` of them.
+
+    There is memory for as many rows as results.
+    """
+    for i in range(0, count, LANES):
+        dots(target + 4 * i, rows + i * stride, stride, values, stride // VECTOR)
+    for i in range(count, padded(count, LANES)):
+        put(target + 4 * i, rest)
+
+
+@njit(nogil=True)
 def read_entries(job: DinArguments, first: int, entries: int, target: int) -> None:
     """Copy the entries of a row into padded rows; rows of zeros fill up their number."""
     vectors = job.row_bytes // VECTOR
@@ -163,15 +176,15 @@ def write_entries(job: DinArguments, first: int, entries: int, source: int) -> N
 
 @njit(nogil=True)
 def hidden_layers(
-    job: DinArguments, row: int, entries: int, widths: np.ndarray, at: np.ndarray, place: np.ndarray
+    job: DinArguments, row: int, keys: int, entries: int, widths: np.ndarray, at: np.ndarray, place: np.ndarray
 ) -> None:
-    """Compute the outputs of all hidden layers for the entries of a row."""
+    """Compute the outputs of all hidden layers for the entries of a row, which are padded rows at ``keys``."""
     own, query, width = job.scratch + place[OWN], job.query + row * job.row_bytes, 4 * padded(widths[0], LANES)
     for d in range(padded(job.dim, STEPS)):
         of_key, of_product = job.weights + at[OF_KEY] + d * width, job.weights + at[OF_PRODUCT] + d * width
         add_scaled(own + d * width, of_key, of_product, 0, width // VECTOR, value_at(query + 4 * d))
     places, steps = padded(entries, STEPS), padded(job.dim, STEPS)
-    keys, hidden, bias = job.scratch + place[KEYS], job.scratch + place[HIDDEN], job.bias + row * width
+    hidden, bias = job.scratch + place[HIDDEN], job.bias + row * width
     layer_forward(keys, job.row_bytes, own, width, steps, hidden, width, places, width // VECTOR, bias, 0, 0, 0, 0)
     for number in range(1, len(widths)):
         before, stride, steps = hidden, width, padded(widths[number - 1], STEPS)
@@ -197,20 +210,23 @@ def forward_rows(
         place: places in the scratch memory.
     """
     last, width = len(widths) - 1, 4 * padded(widths[-1], LANES)
-    keys, shares, hidden = job.scratch + place[KEYS], job.scratch + place[SHARES], job.scratch + place[HIDDEN + last]
+    copied, shares, hidden = job.scratch + place[KEYS], job.scratch + place[SHARES], job.scratch + place[HIDDEN + last]
+    readable = not job.half and 4 * job.dim == job.row_bytes
     for row in range(begin * job.part_rows, min(end * job.part_rows, len(starts) - 1)):
         first, entries = starts[row], starts[row + 1] - starts[row]
         if entries == 0:
             continue
-        read_entries(job, first, entries, keys)
-        hidden_layers(job, row, entries, widths, at, place)
+        if readable and first + padded(entries, STEPS) <= starts[-1]:
+            # The tiles read up to three entries of the next row as well, whose results nobody reads.
+            keys = job.keys + first * job.row_bytes
+        else:
+            keys = copied
+            read_entries(job, first, entries, keys)
+        hidden_layers(job, row, keys, entries, widths, at, place)
+        row_dots(shares, hidden, width, job.weights + at[SCORE], entries, LEAST)
         largest = LEAST
         for i in range(entries):
-            score = dot(hidden + i * width, job.weights + at[SCORE], 0, 0, width // VECTOR, ZERO)
-            put(shares + 4 * i, score)
-            largest = max(largest, score)
-        for i in range(entries, padded(entries, LANES)):
-            put(shares + 4 * i, LEAST)
+            largest = max(largest, value_at(shares + 4 * i))
         vectors = padded(entries, LANES) // LANES
         total = exponential(shares, 0, 0, 0, vectors, largest)
         divide(shares, 0, 0, 0, vectors, total)
@@ -237,13 +253,11 @@ def backward_rows(
         grads, offset = job.grads + row // job.part_rows * job.grad_bytes, row * job.row_bytes
         query, grad_out, grad_query = job.query + offset, job.grad_out + offset, job.grad_query + offset
         read_entries(job, first, entries, keys)
-        hidden_layers(job, row, entries, widths, at, place)
+        hidden_layers(job, row, keys, entries, widths, at, place)
 
         zero(shares, vectors)
-        zero(grad_scores, vectors)
         copy_values(shares, job.shares + 4 * first, entries)
-        for i in range(entries):
-            put(grad_scores + 4 * i, dot(keys + i * job.row_bytes, grad_out, 0, 0, vectors_of_key, ZERO))
+        row_dots(grad_scores, keys, job.row_bytes, grad_out, entries, ZERO)
         mean = dot(shares, grad_scores, 0, 0, vectors, ZERO)
         softmax_backward(grad_scores, shares, 0, 0, vectors, mean)
 

@@ -91,6 +91,21 @@ class VectorBuilder:
             values = self.builder.fadd(*(self.builder.shuffle_vector(values, values, half) for half in halves))
         return self.builder.extract_element(values, ir.Constant(INT32, 0))
 
+    def sums_of(self, vectors: Sequence[Any]) -> Any:
+        """Return the sums of as many vectors as one has lanes, in one vector; each is that of :meth:`sum_of`."""
+        lanes, vectors = LANES, list(vectors)
+        while lanes > 1:
+            lanes //= 2
+            # Each vector has several groups of lanes, of one of the given vectors each. Half of each group is added to
+            # the other half, and the groups of two vectors go into one.
+            firsts = [group * 2 * lanes + lane for group in range(LANES // lanes) for lane in range(lanes)]
+            halves = [ir.Constant(INT32S, [first + half for first in firsts]) for half in (0, lanes)]
+            vectors = [
+                self.builder.fadd(*(self.builder.shuffle_vector(one, other, half) for half in halves))
+                for one, other in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+        return vectors[0]
+
     def repeat(self, count: Any, begin: Sequence[Any], step: Callable[[list[Any]], Sequence[Any]]) -> list[Any]:
         """Emit a loop of at least one pass over some values, and return the values after the last pass."""
         builder = self.builder

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modules.vector_code import INSTRUCTIONS, LANES
-from modules.vector_loops import dot, exponential, narrow, widen
+from modules.vector_loops import dot, dots, exponential, narrow, widen
 
 pytestmark = pytest.mark.skipif(INSTRUCTIONS is None, reason="needs a processor with AVX2 or AVX-512")
 
@@ -21,6 +21,11 @@ def exponentials(values: int, vectors: int, largest: float) -> float:
 @numba.njit
 def dot_product(one: int, other: int, vectors: int) -> float:
     return dot(one, other, 0, 0, vectors, np.float32(0))
+
+
+@numba.njit
+def dot_products(target: int, rows: int, stride: int, values: int, vectors: int) -> None:
+    dots(target, rows, stride, values, vectors)
 
 
 @numba.njit
@@ -50,6 +55,17 @@ def test_a_dot_product_sums_all_lanes() -> None:
     one, other = rng.standard_normal((2, 5 * LANES)).astype(np.float32)
     found = dot_product(one.ctypes.data, other.ctypes.data, 5)
     assert found == pytest.approx(np.dot(one.astype(np.float64), other), rel=1e-5)
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_dot_products_of_many_rows_have_the_bits_of_single_ones(vectors: int) -> None:
+    rng = np.random.default_rng(vectors)
+    width, stride = vectors * LANES, (vectors + 1) * LANES
+    rows, values = (rng.standard_normal(shape).astype(np.float32) for shape in ((LANES, stride), width))
+    found = np.empty(LANES, np.float32)
+    dot_products(found.ctypes.data, rows.ctypes.data, 4 * stride, values.ctypes.data, vectors)
+    single = [dot_product(row.ctypes.data, values.ctypes.data, vectors) for row in rows]
+    assert found.tolist() == single
 
 
 def test_values_are_rounded_to_bfloat16_as_pytorch_rounds_them() -> None:
