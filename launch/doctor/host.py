@@ -1,4 +1,4 @@
-"""Checks of the machine: collectives, compiler, ports, shared memory, disk, open files, threads, NUMA nodes."""
+"""Checks of the machine: collectives, compiler, ports, shared memory, disk, files, threads, pages, NUMA nodes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from launch.doctor.probe import ProbeError, run_probes
 from launch.machine import free_port, port_in_use
 from trainer.console.setup_advice import setup_command
 from trainer.runtime.cores import SYSFS, available_cores, cores_near, free_cores, nvidia_gpus
+from trainer.runtime.large_pages import SETTINGS, large_pages_setting
 
 SHARED_MEMORY_FAIL, SHARED_MEMORY_WARN = 128e6, 1e9
 """Free bytes of /dev/shm: loader processes pass batches through it, and a container has 64 MB by default."""
@@ -102,6 +103,19 @@ def check_threads() -> Check:
         message = f"OMP_NUM_THREADS={threads} on {cores} cores: more threads than cores slow each other down"
         return Check("threads", "warn", message, "unset OMP_NUM_THREADS")
     return Check("threads", "ok", f"OMP_NUM_THREADS={threads} for each rank, on {cores} cores")
+
+
+def check_large_pages() -> Check:
+    """Report whether tables and search vectors get large pages, in which a CPU reads them faster."""
+    own, shared = large_pages_setting(), large_pages_setting("shmem_enabled")
+    if own is None:
+        return Check("large pages", "ok", "this system has none: a CPU reads tables in small pages")
+    if own == "never":
+        fix = f"echo madvise | sudo tee {SETTINGS / 'enabled'}"
+        return Check("large pages", "warn", "switched off: a CPU reads tables more slowly in small pages", fix)
+    of_shared = "has them too" if shared in ("always", "within_size", "advise", "force") else "has small ones"
+    message = f"tables on a CPU are in large pages ({own}); memory shared with loader processes {of_shared} ({shared})"
+    return Check("large pages", "ok", message)
 
 
 def check_placement(sysfs: Path = SYSFS) -> Check:

@@ -12,6 +12,7 @@ from launch.doctor.host import (
     check_collectives,
     check_compiler,
     check_disk,
+    check_large_pages,
     check_open_files,
     check_placement,
     check_port,
@@ -54,6 +55,7 @@ def all_checks() -> Iterator[Check]:
     yield check_disk(Path.cwd())
     yield check_open_files()
     yield check_threads()
+    yield check_large_pages()
     yield check_placement()
 
 

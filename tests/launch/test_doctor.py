@@ -220,6 +220,29 @@ def test_placement_names_the_cores_near_each_gpu(tmp_path: Path, monkeypatch: py
     assert "with a rank for each GPU: the machine has one NUMA node; " in host.check_placement(tmp_path).message
 
 
+@pytest.mark.parametrize(
+    ("own", "shared", "status", "told"),
+    [
+        (
+            "madvise",
+            "never",
+            "ok",
+            "tables on a CPU are in large pages (madvise); memory shared with loader processes has",
+        ),
+        ("always", "advise", "ok", "has them too (advise)"),
+        ("never", "never", "warn", "switched off"),
+        (None, None, "ok", "this system has none"),
+    ],
+)
+def test_large_pages(
+    own: str | None, shared: str | None, status: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "large_pages_setting", lambda memory="enabled": own if memory == "enabled" else shared)
+    check = host.check_large_pages()
+    assert check.status == status and told in check.message
+    assert bool(check.fix) == (status != "ok")
+
+
 def test_compiler_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     check = host.check_compiler()

@@ -12,8 +12,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Dynamic, Lookup, Table, initial_rows
 from tests.device_waits import HOST_ONLY, Waits
+from tests.memory_flags import memory_flags
 from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
+from trainer.runtime.large_pages import large_pages_setting
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse import flat_exchange
 from trainer.sparse.device_ids import DeviceIds
@@ -71,6 +73,17 @@ def ids(**of_key: list[int]) -> KeyedJaggedTensor:
 
 
 WIDE = KeyedJaggedTensor(keys=["wide"], values=torch.tensor([4, 0]), lengths=torch.tensor([1, 1]))
+
+
+@pytest.mark.skipif(large_pages_setting() not in ("always", "madvise"), reason="this system has no large pages")
+def test_tables_and_states_are_in_large_pages(world: World) -> None:
+    table = Table("user", 70_000, 16)
+    sharded = make(world, TableOptimizer("adagrad", 0.5), [table])
+    ((shard, states),) = [(values, states) for _, values, states in sharded._held().values()]
+    assert torch.equal(shard, initial_rows(table, 3, 0, table.rows))
+    assert not states[0].any()
+    assert "hg" in memory_flags(shard)
+    assert "hg" in memory_flags(states[0])
 
 
 @pytest.mark.parametrize("path", ["cpu", "torchrec"])

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
@@ -18,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from modules.embeddings import Lookup, Table, initial_rows
 from modules.table_set import TableSet
 from trainer.console.errors import UserError
+from trainer.runtime.large_pages import zero_in_large_pages
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.dedup_exchange import DeduplicatedExchange
 from trainer.sparse.dynamic_exchange import DynamicExchange, DynamicRouting
@@ -116,6 +119,8 @@ class ShardedTables:
             init_data_parallel=False,
         )
         self._collections: list[ShardedEmbeddingCollection] = list(self._sharded.module.collections)
+        if device.type == "cpu":
+            self._use_large_pages()
         self._initialise(seed)
         self.dynamic = DynamicTables(tables, self._held(), seed, control, device_form=self._device_form)
         self._routings = [
@@ -176,6 +181,17 @@ class ShardedTables:
         """Take over a state of :meth:`state` that was filled from a checkpoint."""
         if self.dynamic.names:
             self.dynamic.loaded(state["dynamic"])
+
+    @torch.no_grad()
+    def _use_large_pages(self) -> None:
+        """Move tables and states of the optimizer, which hold no values yet, to large pages if the system has any."""
+        lookups = [lookup for collection in self._collections for lookup in collection._lookups]
+        for module in (module for lookup in lookups for module in lookup.modules()):
+            if isinstance(module, BatchedFusedEmbedding):
+                owner = module.emb_module
+                zero_in_large_pages(owner.weights_host)
+                if owner.optimizer != EmbOptimType.EXACT_SGD:
+                    zero_in_large_pages(owner.momentum1_host)
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
