@@ -127,6 +127,18 @@ def folder_of(work: Path, days: str, name: str) -> Path:
     return work / slug(days) / slug(name)
 
 
+def kept(options: argparse.Namespace, days: str, name: str) -> dict[str, dict[int, KeptRun]]:
+    """Return the finished trainings of some days in a world: ranker -> seed -> run."""
+    path = world_path(options.work, name)
+    if not path.exists():
+        return {}
+
+    def job(ranker: str, seed: int) -> JobConfig:
+        return job_of(ranker, days, seed, path, options.overrides)
+
+    return read_runs(folder_of(options.work, days, name), RANKERS[days], job)
+
+
 def live_visits_before(path: Path, days: str, users: np.ndarray) -> np.ndarray:
     """Return the number of live visits of each of ``users [n]`` that ended before the days."""
     spec = DatasetSpec.load(path)
@@ -198,10 +210,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with World.join("cpu") as world:
         train_missing(options, world)
     result: dict[str, Any] = {"worlds": {}}
-    if NONE in (tuned := read_runs(folder_of(options.work, TUNING, TUNING_WORLD), TUNED)):
+    if NONE in (tuned := kept(options, TUNING, TUNING_WORLD)):
         result["tuning"] = summarise(tuned, {name: TUNED[name].than or NONE for name in tuned}, NONE, None, {})
     for name in WORLDS:
-        runs, path = read_runs(folder_of(options.work, HELD_OUT, name), VARIANTS), world_path(options.work, name)
+        runs, path = kept(options, HELD_OUT, name), world_path(options.work, name)
         if NONE in runs:
             result["worlds"][name] = {"correlation": correlation_of(path), "groups": measured(path, runs)}
     print(tables(result))

@@ -22,7 +22,6 @@ Every finished part is kept under ``--work``, so the same command continues a be
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +50,7 @@ from benchmarks.quality.full_report import (
     tables,
 )
 from benchmarks.quality.full_tables import PLACES, in_place, make_tables
+from benchmarks.quality.kept_runs import kept_facts, key_of
 from benchmarks.quality.larm_report import Scores
 from benchmarks.quality.paired_users import DRAWS
 from benchmarks.quality.ranker_runs import continue_on_stream, trained_ranker
@@ -131,12 +131,26 @@ class FullWork:
 
     def system(self, name: str, seed: int) -> SystemRun | None:
         """Return the predictions of a system's ranker; None if it is not there and ``--finished`` is set."""
-        scores, facts = self._files(name, seed)
-        if not facts.exists():
+        scores, file = self._files(name, seed)
+        if self._options.finished and not file.exists():
+            return None
+        key = self._key(name, seed)
+        facts = kept_facts(file, key)
+        if facts is None:
             if self._options.finished:
                 return None
             self._train(name, seed)
-        return SystemRun(Scores.read(scores), **json.loads(facts.read_text()))
+            facts = kept_facts(file, key)
+            assert facts is not None
+        return SystemRun(Scores.read(scores), **facts)
+
+    def _key(self, name: str, seed: int) -> str:
+        """Return what identifies the training of a system: its jobs, the dataset, and the settings of the tables."""
+        # The stream continues the ranker of all other systems.
+        names = (LAST_STORED, MOMENT) if name == MOMENT else (name,)
+        return key_of(
+            *(self.job(each, seed, stream=each == MOMENT) for each in names), more=" ".join(self._options.tables)
+        )
 
     def job(self, name: str, seed: int, stream: bool) -> JobConfig:
         """Return the job of a system's ranker: the training on stored rows, or the stream of the last day."""
@@ -186,9 +200,11 @@ class FullWork:
     def _keep(self, name: str, seed: int, scores: Scores, facts: RankerFacts) -> None:
         of_scores, of_facts = self._files(name, seed)
         of_scores.parent.mkdir(parents=True, exist_ok=True)
+        # Predictions of one job must never stand beside the facts of another.
+        of_facts.unlink(missing_ok=True)
         scores.write(of_scores)
         # Last, since a part with its facts is whole.
-        write_json(of_facts, vars(facts))
+        write_json(of_facts, vars(facts) | {"key": self._key(name, seed)})
 
     def _files(self, name: str, seed: int) -> tuple[Path, Path]:
         """Return the files of a system's predictions and facts."""

@@ -20,6 +20,10 @@ request could tell; ``benchmarks/quality/attainable_bound.py`` has its assumptio
 in a file. The distance from the run to this bound has an interval over users. If the run is above the bound by more
 than this noise, the bound is too low, and the tables say so.
 
+``--estimates`` tells, beside each true factor, its best estimate from the events before the request
+(``benchmarks/quality/estimated_factors.py``), and all estimates at once. What the run gains from an estimate is what
+the past says of this factor and the run does not know.
+
 Several runs with the same held-out rows, such as seeds of one job, are measured together: values are means with 95 %
 intervals over the runs (Student's t), and gains have 95 % intervals over users (paired bootstrap).
 
@@ -48,6 +52,7 @@ from benchmarks.quality.attainable_bound import (
     room_below,
     world_of,
 )
+from benchmarks.quality.estimated_factors import with_estimates
 from benchmarks.quality.gap_fit import FOLDS, cross_fit, folds_of, greedy_order, log_loss, log_odds_of, reason_to_skip
 from benchmarks.quality.gap_report import draw, tables
 from benchmarks.quality.world_factors import WorldFactors
@@ -75,35 +80,41 @@ class Gap:
         factors: of the rows.
         truth: ``[n, K]`` true probabilities of the runs' behaviours.
         attainable: ``[n, K]`` attainable probabilities; None if they are not wanted.
+        estimates: the factors with estimates in place of the hidden ones; None if they are not wanted.
     """
 
     runs: list[HeldOutRows]
     factors: WorldFactors
     truth: np.ndarray
     attainable: np.ndarray | None
+    estimates: WorldFactors | None = None
 
     def measure(self) -> dict[str, Any]:
         """Return the gap of each behaviour, and the reason why there is none of some of them."""
         first = self.runs[0]
         effects = self.factors.effects(first.behaviours)
+        estimated = effects if self.estimates is None else self.estimates.effects(first.behaviours)
         behaviours, left_out = {}, {}
         for k, behaviour in enumerate(first.behaviours):
             rows = np.flatnonzero(first.mask[:, k] > 0)
             reason = reason_to_skip(first.label[rows, k], folds_of(first.user_id[rows]))
             if reason is None:
                 print(f"{behaviour}: {len(rows):,} rows", file=sys.stderr, flush=True)
-                behaviours[behaviour] = self._of_behaviour(k, rows, effects[k])
+                behaviours[behaviour] = self._of_behaviour(k, rows, effects[k], estimated[k])
             else:
                 left_out[behaviour] = reason
         return {"behaviours": behaviours, "left_out": left_out}
 
-    def _of_behaviour(self, k: int, rows: np.ndarray, effects: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def _of_behaviour(
+        self, k: int, rows: np.ndarray, effects: Mapping[str, np.ndarray], estimated: Mapping[str, np.ndarray]
+    ) -> dict[str, Any]:
         """Return all lines of a behaviour.
 
         Args:
             k: column of the behaviour.
             rows: those in which the behaviour could happen.
             effects: group of factors -> its effect, ``[n]``.
+            estimated: the same of the estimates.
         """
         first = self.runs[0]
         label, user_id = first.label[rows, k], first.user_id[rows]
@@ -111,8 +122,8 @@ class Gap:
         terms = {name: effect[rows] for name, effect in effects.items() if np.ptp(effect[rows]) > 0}
         runs = [log_odds_of(run.probability[rows, k]) for run in self.runs]
 
-        def told(names: Sequence[str]) -> list[np.ndarray]:
-            return [cross_fit([run, *(terms[name] for name in names)], label, fold) for run in runs]
+        def told(names: Sequence[str], of: Mapping[str, np.ndarray] = terms) -> list[np.ndarray]:
+            return [cross_fit([run, *(of[name] for name in names)], label, fold) for run in runs]
 
         def line(log_odds: Sequence[np.ndarray]) -> dict[str, Any]:
             return {
@@ -129,6 +140,14 @@ class Gap:
             with_factor = told([name])
             after = [resample_auc(index, counts, one, label) for one in with_factor]
             alone[name] = line(with_factor) | {"auc_gain": _gain(before, after)}
+        past = {}
+        if self.estimates is not None:
+            guesses = {name: estimated[name][rows] for name in terms if name in estimated}
+            for name in guesses:
+                after = [resample_auc(index, counts, one, label) for one in told([name], guesses)]
+                alone[name]["estimate_gain"] = _gain(before, after)
+            after = [resample_auc(index, counts, one, label) for one in told(list(guesses), guesses)]
+            past["estimates_gain"] = _gain(before, after)
         order = greedy_order(runs, terms, label, fold)
         steps = [{"factor": name, **line(told(order[: place + 1]))} for place, name in enumerate(order)]
         bounds = {"best possible": self.truth}
@@ -148,6 +167,7 @@ class Gap:
             "all": line(told([*order, *(name for name in terms if name not in order)])),
             "bounds": {name: line([log_odds_of(values[rows, k])]) for name, values in bounds.items()},
             **room,
+            **past,
         }
 
 
@@ -160,13 +180,16 @@ def _gain(before: Sequence[ResampledMetric], after: Sequence[ResampledMetric]) -
     return {"mean": mean, "low": low if known else None, "high": high if known else None}
 
 
-def read_gap(directories: Sequence[str], data: str | None, attainable: Path | None) -> Gap:
+def read_gap(
+    directories: Sequence[str], data: str | None, attainable: Path | None, estimates: Path | None = None
+) -> Gap:
     """Read the rows of runs, and what is true of them.
 
     Args:
         directories: of the runs.
         data: dataset with the factors; None for that of the runs.
         attainable: file that keeps the attainable probabilities; None to have none.
+        estimates: file that keeps the estimates of the factors; None to have none.
 
     Raises:
         UserError: a run has no rows, the runs have different rows, or the dataset has no factors of them.
@@ -191,7 +214,10 @@ def read_gap(directories: Sequence[str], data: str | None, attainable: Path | No
             f"{path}: its factors do not give the true probabilities of {directories[0]}; it is another world"
         )
     possible = None if attainable is None else _attainable(attainable, path, first, truth)
-    return Gap(runs, factors, truth, possible)
+    if estimates is None:
+        return Gap(runs, factors, truth, possible)
+    guessed = with_estimates(estimates, world_of(DatasetSpec.load(path)), first.visit_id, factors)
+    return Gap(runs, factors, truth, possible, guessed)
 
 
 def _rows_of(directory: str, data: str | None) -> HeldOutRows:
@@ -221,7 +247,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: the runs or the dataset cannot be measured.
     """
-    gap = read_gap(options.runs, options.data, options.attainable)
+    gap = read_gap(options.runs, options.data, options.attainable, options.estimates)
     found = gap.measure()
     if not found["behaviours"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found["left_out"].items())
@@ -252,6 +278,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=local_argument,
         metavar="FILE.npz",
         help="measure the attainable bound, too; the file keeps it for the next time",
+    )
+    parser.add_argument(
+        "--estimates",
+        type=local_argument,
+        metavar="FILE.npz",
+        help="tell the best estimates of the factors, too; the file keeps them for the next time",
     )
     options = parser.parse_args(argv)
     try:

@@ -41,8 +41,21 @@ def tables(result: Mapping[str, Any]) -> str:
             blocks.append(
                 f"{behaviour}: {_gain(found['room'])} points of AUC from the run to the attainable bound{verdict}"
             )
-        lines = [[name, _gain(line["auc_gain"]), *_values(line)] for name, line in found["alone"].items()]
-        blocks.append(text_table(["told alone", "AUC, points", *METRICS.values()], lines))
+        guessed = "estimates_gain" in found
+        header = ["told alone", "AUC, points", *(["its estimate"] if guessed else []), *METRICS.values()]
+        lines = [
+            [
+                name,
+                _gain(line["auc_gain"]),
+                *([_gain(line["estimate_gain"]) if "estimate_gain" in line else "-"] if guessed else []),
+                *_values(line),
+            ]
+            for name, line in found["alone"].items()
+        ]
+        blocks.append(text_table(header, lines))
+        if guessed:
+            gain = _gain(found["estimates_gain"])
+            blocks.append(f"{behaviour}: {gain} points of AUC from the estimates of all factors at once")
     blocks += [f"{behaviour}: left out, {reason}" for behaviour, reason in result["left_out"].items()]
     return "\n\n".join(blocks)
 

@@ -1,12 +1,18 @@
-"""Trainings of rankers that a benchmark keeps in its directory, so that none is repeated."""
+"""Trainings of rankers that a benchmark keeps in its directory, so that none is repeated.
+
+A kept training belongs to its whole job: it has a hash of all settings and of the dataset. Where a benchmark asks for
+another job in its place, it is trained again and never reported, whatever changed: overrides, a recipe, or the dataset.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +20,8 @@ from benchmarks.measure import slug
 from benchmarks.quality.larm_report import Scores
 from benchmarks.quality.ranker_runs import trained_ranker
 from trainer.config.ranker import JobConfig
+from trainer.data.format.dataset import fingerprint
+from trainer.data.format.schema import DatasetSpec
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 
@@ -51,8 +59,31 @@ class KeptRun:
     seconds: float
 
 
+def key_of(*jobs: JobConfig, more: str = "") -> str:
+    """Return a hash of all settings of the jobs that make one training, and of the dataset that they read.
+
+    Args:
+        jobs: at least one.
+        more: whatever else the training depends on.
+    """
+    path = jobs[0].data.path
+    digest = hashlib.blake2b(fingerprint(path, DatasetSpec.load(path)).encode(), digest_size=16)
+    for text in (*(job.model_dump_json() for job in jobs), more):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def kept_facts(file: Path, key: str) -> dict[str, Any] | None:
+    """Return the facts of a finished training; None if there is none, or one of another key."""
+    if not file.exists():
+        return None
+    facts: dict[str, Any] = json.loads(file.read_text())
+    # Trainings of the first versions have no key.
+    return facts if facts.pop("key", "") == key else None
+
+
 def train_once(file: Path, job: JobConfig, world: World, title: str) -> None:
-    """Train a job and predict its held-out rows, unless this is done already.
+    """Train a job and predict its held-out rows, unless this is done already for the same job.
 
     Args:
         file: JSON file of the facts of the training; its predictions are beside it.
@@ -60,13 +91,16 @@ def train_once(file: Path, job: JobConfig, world: World, title: str) -> None:
         world: ranks, one.
         title: printed when a training begins.
     """
-    if file.exists():
+    key = key_of(job)
+    if kept_facts(file, key) is not None:
         return
     print(title, file=sys.stderr, flush=True)
     with trained_ranker(job, world) as ranker:
         scores = Scores.of(ranker.predict(), ranker.features.behaviours, ranker.seconds)
-        facts = {"rows": ranker.rows, "seconds": ranker.seconds}
+        facts = {"rows": ranker.rows, "seconds": ranker.seconds, "key": key}
     file.parent.mkdir(parents=True, exist_ok=True)
+    # Predictions of one job must never stand beside the facts of another.
+    file.unlink(missing_ok=True)
     scores.write(file.with_suffix(".npz"))
     # Last, since a training with its facts is whole.
     write_json(file, facts)
@@ -77,18 +111,30 @@ def run_file(folder: Path, seed: int, name: str) -> Path:
     return folder / f"seed-{seed}" / f"{slug(name)}.json"
 
 
-def read_runs(folder: Path, names: Iterable[str]) -> dict[str, dict[int, KeptRun]]:
+def read_runs(
+    folder: Path, names: Iterable[str], job_of: Callable[[str, int], JobConfig]
+) -> dict[str, dict[int, KeptRun]]:
     """Return the finished trainings of a folder: name -> seed -> run, in the order of ``names``.
 
-    The scores are in the order of ``visit_id``.
+    The scores are in the order of ``visit_id``. A training of another job than that of its name and seed is left out,
+    with a line that says so.
+
+    Args:
+        folder: of the trainings.
+        names: of the variants.
+        job_of: returns the job of a variant and a seed.
     """
     found: dict[str, dict[int, KeptRun]] = {}
     for name in names:
         for file in sorted(folder.glob(f"seed-*/{slug(name)}.json")):
+            seed = int(file.parent.name.removeprefix("seed-"))
+            facts = kept_facts(file, key_of(job_of(name, seed)))
+            if facts is None:
+                print(f"{file}: of other settings or data than those asked for; left out", file=sys.stderr)
+                continue
             # The order of the rows depends on the batches.
             scores = by_visit(Scores.read(file.with_suffix(".npz")))
-            seed = int(file.parent.name.removeprefix("seed-"))
-            found.setdefault(name, {})[seed] = KeptRun(scores, **json.loads(file.read_text()))
+            found.setdefault(name, {})[seed] = KeptRun(scores, **facts)
     return found
 
 

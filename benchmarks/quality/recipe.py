@@ -14,7 +14,8 @@ of the training. On the held-out days, the share of the gap is 0 for logistic re
 of ``benchmarks/quality/attainable_bound.py``.
 
 Each training is kept under ``--work`` and is not repeated, so the same command continues a benchmark that was stopped.
-``--days``, ``--recipes`` and ``--seeds`` choose a part; the report has all trainings that are kept.
+One with other settings or another dataset is trained again. ``--days``, ``--recipes`` and ``--seeds`` choose a part;
+the report has all trainings that are kept.
 """
 
 from __future__ import annotations
@@ -137,7 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_missing(options, world)
     result: dict[str, Any] = {}
     for days in DAYS:
-        runs = read_runs(options.work / slug(days), RECIPES)
+
+        def job(recipe: str, seed: int, days: str = days) -> JobConfig:
+            return job_of(recipe, days, seed, options.data, options.overrides)
+
+        runs = read_runs(options.work / slug(days), RECIPES, job)
         if DEFAULT in runs:
             than = {name: RECIPES[name].than for name in runs}
             first = next(iter(runs[DEFAULT].values())).scores

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.quality import kept_runs, recipe
 from benchmarks.quality.attainable_bound import ATTAINABLE
-from benchmarks.quality.recipe import CHOSEN, DEFAULT, FINAL, HELD_OUT, LOGISTIC, RECIPE_JOB, RECIPES, TUNING, job_of
+from benchmarks.quality.recipe import CHOSEN, DEFAULT, HELD_OUT, LOGISTIC, RECIPE_JOB, RECIPES, TUNING, job_of
 from benchmarks.quality.recipe_report import BEST
 from trainer.config.ranker import JobConfig, load_config
 from trainer.ranking.evaluation import Predictions
@@ -83,7 +83,9 @@ def test_trainings_are_kept_and_compared(
             for name in RECIPES
             for days in (TUNING, HELD_OUT)
         }
-        name, days = by_job[config.model_dump_json()]
+        # Overrides of all rankers are no part of a recipe.
+        own = config.model_copy(update={"tables": job_of(DEFAULT, TUNING, 1, "world").tables})
+        name, days = by_job[own.model_dump_json()]
         trained.append((name, days, config.run.seed))
         found = predictions(noises.get(name, 1.5), config.run.seed)
         features = SimpleNamespace(behaviours=("click", "gift"))
@@ -92,6 +94,8 @@ def test_trainings_are_kept_and_compared(
     monkeypatch.setattr(kept_runs, "trained_ranker", train)
     spec = SimpleNamespace(extra={"users": USERS, "days": 10, "seed": 1, "size": 3})
     monkeypatch.setattr(recipe.DatasetSpec, "load", lambda path: spec)
+    dataset = ["first"]
+    monkeypatch.setattr(kept_runs, "fingerprint", lambda path, spec: dataset[0])
     truth = 1 / (1 + np.exp(-odds()))
     monkeypatch.setattr(
         recipe, "bounds", lambda options, scores: {ATTAINABLE: 1 / (1 + np.exp(-odds() - 0.1)), BEST: truth}
@@ -108,8 +112,9 @@ def test_trainings_are_kept_and_compared(
     assert "gap_closed" not in first["held-out"]["behaviours"]["click"]["recipes"][CHOSEN]
 
     trained.clear()
-    recipe.main([*arguments, "--seeds", "1", "2", "--recipes", *FINAL, "--days", HELD_OUT])
-    assert trained == [(LOGISTIC, HELD_OUT, 1), *((name, HELD_OUT, 2) for name in FINAL)]
+    finals = [name for name in RECIPES if name in (DEFAULT, LOGISTIC, CHOSEN)]
+    recipe.main([*arguments, "--seeds", "1", "2", "--recipes", *finals, "--days", HELD_OUT])
+    assert trained == [(LOGISTIC, HELD_OUT, 1), *((name, HELD_OUT, 2) for name in finals)]
     printed, result = capsys.readouterr().out, json.loads(out.read_text())
     assert result["world"] == {"users": USERS, "days": 10, "seed": 1} and result["chosen"] == CHOSEN
     tuning, final = result["tuning"], result["held-out"]
@@ -127,6 +132,19 @@ def test_trainings_are_kept_and_compared(
     shares = [click["recipes"][name]["gap_closed"][0] for name in (LOGISTIC, DEFAULT, CHOSEN)]
     assert shares[0] == pytest.approx(0) and shares == sorted(shares) and shares[-1] < 1
     assert click["above_attainable"] == [] and "held out days" in printed and "of the gap" in printed
+
+    # Trainings of other settings, or of another dataset, are left out, and trained again where they are wanted.
+    other = ["tables.learning_rate=0.5", *arguments, "--seeds", "1", "--days", HELD_OUT, "--recipes", DEFAULT]
+    for change in ("settings", "dataset"):
+        trained.clear()
+        recipe.main(other)
+        assert trained == [(DEFAULT, HELD_OUT, 1)], change
+        left = json.loads(out.read_text())["held-out"]["recipes"]
+        assert list(left) == [DEFAULT] and left[DEFAULT]["seeds"] == [1]
+        assert "of other settings or data than those asked for; left out" in capsys.readouterr().err
+        recipe.main(other)
+        assert len(trained) == 1, "nothing twice"
+        dataset[0] = "second"
 
 
 def test_nothing_finished_is_one_line(tmp_path: Path) -> None:
