@@ -7,13 +7,18 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.paths import ROOT
 from tests.report.page_elements import PageElements
 from tests.report.stored_runs import write_model, write_ranker
 from trainer.checkpoint import runs
@@ -371,13 +376,61 @@ def test_a_baseline_of_a_run_can_be_compared_with(run: Path, few_draws: None) ->
 
 
 def test_a_watched_run_has_a_page_until_it_ends(run: Path, few_draws: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    locked = iter((True, True, False))
+    monkeypatch.setattr(run_report, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(run_report, "WATCH_SECONDS", 0.1)
+    locking = "import sys; from pathlib import Path; from trainer.runtime.run_lock import locked\n"
+    locking += "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    job = subprocess.Popen(
+        [sys.executable, "-c", locking, str(run)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    page = run / "report.html"
+
+    def shows(words: str) -> bool:
+        return page.exists() and words in page.read_text()
+
+    try:
+        assert job.stdout is not None and job.stdout.readline() == b"locked\n"
+        with ThreadPoolExecutor(1) as thread:
+            watch = thread.submit(run_report.watch_report, run)
+            assert wait_until(lambda: shows('http-equiv="refresh"') or watch.done()) and not watch.done()
+            start = json.loads((run / "environment.json").read_text())
+            start["starts"][0]["host"] = "the page follows the run"
+            (run / "environment.json").write_text(json.dumps(start))
+            assert wait_until(lambda: shows("the page follows the run") or watch.done()) and not watch.done()
+            job.communicate()
+            watch.result()
+    finally:
+        job.kill()
+        job.communicate()
+    assert shows("the page follows the run") and not shows('http-equiv="refresh"')
+
+
+def test_ctrl_c_ends_a_watch_with_a_page_that_does_not_load_itself(
+    run: Path, few_draws: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pages: list[str] = []
-    monkeypatch.setattr(run_report, "is_locked", lambda directory: next(locked))
-    monkeypatch.setattr(run_report.time, "sleep", lambda seconds: pages.append((run / "report.html").read_text()))
-    run_report.watch_report(run)
+
+    def interrupted(seconds: float) -> None:
+        pages.append((run / "report.html").read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_report, "is_locked", lambda directory: True)
+    monkeypatch.setattr(run_report.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_report.watch_report(run)
     pages.append((run / "report.html").read_text())
-    assert ['http-equiv="refresh" content="30"' in page for page in pages] == [True, True, False]
+    assert ['http-equiv="refresh" content="30"' in page for page in pages] == [True, False]
+
+
+def wait_until(holds: Callable[[], bool]) -> bool:
+    """Wait for a minute at most until something holds; True if it does."""
+    until = time.monotonic() + 60
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.02)
+    return holds()
 
 
 def test_a_page_goes_where_it_is_asked_for(run: Path, few_draws: None, tmp_path: Path) -> None:

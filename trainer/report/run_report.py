@@ -39,6 +39,9 @@ METRICS = "metrics.json"
 WATCH_SECONDS = 30
 """Time between two pages of a run that is watched."""
 
+LOOK_SECONDS = 1.0
+"""Time between two looks at whether a watched run still goes on."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -74,10 +77,18 @@ def watch_report(
 
     Raises:
         UserError: there is no run, or the page cannot be written.
+        KeyboardInterrupt: the user has stopped it; the last page is written.
     """
-    while is_locked(directory):
-        write_report(directory, out, others, against, refresh=True)
-        time.sleep(WATCH_SECONDS)
+    try:
+        while is_locked(directory):
+            write_report(directory, out, others, against, refresh=True)
+            until = time.monotonic() + WATCH_SECONDS
+            while is_locked(directory) and time.monotonic() < until:
+                time.sleep(LOOK_SECONDS)
+    except KeyboardInterrupt:
+        # A page that nobody writes any more must not load itself again.
+        write_report(directory, out, others, against)
+        raise
     write_report(directory, out, others, against)
 
 
