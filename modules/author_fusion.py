@@ -179,7 +179,7 @@ class TwoTowers(nn.Module):
 
         def ids_of(chosen: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
             return [
-                embedded[name].view(rows, self._lengths[name], self._dims[name])[:, list(places)].flatten(1)
+                take_columns(embedded[name].view(rows, self._lengths[name], self._dims[name]), places).flatten(1)
                 for name, places in chosen.items()
             ]
 
@@ -190,9 +190,9 @@ class TwoTowers(nn.Module):
         ]
         user = [self._whole(name, embedded[name], rows) for name in inputs.user_lookups]
         user += ids_of(inputs.user_ids) + histories
-        user.append(dense[:, list(inputs.user_dense)])
+        user.append(take_columns(dense, inputs.user_dense))
         author_id = self._whole(inputs.author_id, embedded[inputs.author_id], rows)
-        features = [author_id, *ids_of(inputs.author_ids), dense[:, list(inputs.author_dense)]]
+        features = [author_id, *ids_of(inputs.author_ids), take_columns(dense, inputs.author_dense)]
         stop = inputs.content + 2 * inputs.vector_dim + 1
         fused, share = self.author(
             dense[:, inputs.content : stop].to(dtype),
@@ -217,6 +217,16 @@ class TwoTowers(nn.Module):
         empty = entries.new_zeros(1, width)
         last = torch.where(count > 0, count.cumsum(0), 0)
         return torch.cat([empty, entries]).index_select(0, last)
+
+
+def take_columns(values: Tensor, places: Sequence[int]) -> Tensor:
+    """Return the columns of ``[n, columns, ...]`` at some places, in the order of these.
+
+    An index of Python numbers would be copied to the device, for which the host waits.
+    """
+    starts = [at for at, place in enumerate(places) if not at or place != places[at - 1] + 1]
+    bounds = pairwise([*starts, len(places)])
+    return torch.cat([values[:, :0], *(values[:, places[start] : places[stop - 1] + 1] for start, stop in bounds)], 1)
 
 
 def make_mlp(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:

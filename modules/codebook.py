@@ -122,9 +122,10 @@ def _nearest_of(vectors: Tensor, centroids: Tensor, row: Tensor, code: Tensor) -
     """
     exact = _squared_distances(vectors, centroids, row, code)
     best = exact.new_full((len(vectors),), torch.inf).scatter_reduce(0, row, exact, "amin")
-    equal = exact == best[row]
+    # Not an index by a mask, for whose number of places the host would wait.
+    tied = torch.where(exact == best[row], code, len(centroids))
     least = torch.zeros_like(best, dtype=torch.int64)
-    return least.scatter_reduce(0, row[equal], code[equal], "amin", include_self=False), best
+    return least.scatter_reduce(0, row, tied, "amin", include_self=False), best
 
 
 def _squared_distances(vectors: Tensor, centroids: Tensor, row: Tensor, code: Tensor) -> Tensor:

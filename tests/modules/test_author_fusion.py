@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.author_fusion import SCORE_BYTES, AuthorParts, HistoryPooling, TowerInputs, TwoTowers, in_batch_softmax
+from modules.author_fusion import (
+    SCORE_BYTES,
+    AuthorParts,
+    HistoryPooling,
+    TowerInputs,
+    TwoTowers,
+    in_batch_softmax,
+    take_columns,
+)
 from tests.device_waits import Waits
 from tests.modules.softmax_reference import softmax_loss
 from tests.peak_memory import peak_bytes
@@ -76,6 +84,19 @@ def test_the_host_would_wait_for_no_gpu() -> None:
     with Waits() as waits:
         in_batch_softmax(*pairs, slice(2, 9), TEMPERATURE, budget_bytes=3 * ROWS * SCORE_BYTES)
     assert waits.calls == []
+
+
+@pytest.mark.parametrize("places", [(), (3,), (0, 1, 2), (4, 1, 2, 0), (2, 1, 0), (1, 3, 4)])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3), (0, 5)])
+def test_columns_and_their_gradients_are_those_of_an_index(places: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    with Waits() as waits:
+        found = take_columns(values, places)
+    expected = values[:, list(places)]
+    assert torch.equal(found, expected) and not waits.calls
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4))
+    gradients = [torch.autograd.grad((part * weights).sum(), values)[0] for part in (found, expected)]
+    assert torch.equal(*gradients)
 
 
 def test_no_rows_give_no_loss() -> None:

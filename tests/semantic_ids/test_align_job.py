@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 import trainer.align
 from tests.conftest import RunRanks
+from tests.device_waits import Waits
 from tests.nursery import Nursery
 from tests.semantic_ids import align_world
 from tests.semantic_ids.align_world import EVAL_FROM, different, model_of, simulate_world
@@ -22,6 +25,9 @@ from trainer.config.align import load_align
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import SEGMENT_VECTORS, ContentVectors, Origin
 from trainer.data.format.segments import DatasetSegments
+from trainer.engine import build_engine
+from trainer.engine.hybrid_engine import HybridEngine, StepResult
+from trainer.ranking.training_state import TrainingState
 from trainer.report.run_report import make_report
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
@@ -269,3 +275,29 @@ def test_a_dataset_without_segments_is_refused(world: Path, tmp_path: Path) -> N
         arguments = job_arguments(bare, tmp_path / "run")
         trainer.align.run_job(load_align(*split(arguments)), ranks, Preemption())
     assert not (tmp_path / "run").exists()
+
+
+def test_the_host_waits_for_the_device_once_a_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are read late, as on a GPU; several micro-batches compute their vectors twice."""
+    starts: list[int] = []
+    advance = TrainingState.advance
+
+    def counted_advance(self: TrainingState, result: StepResult) -> None:
+        starts.append(len(waits.calls))
+        advance(self, result)
+
+    (tmp_path / "parts.json").write_text(
+        '{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0, "gradient_accumulation_steps": 2}'
+    )
+    monkeypatch.setattr(build_engine, "HybridEngine", partial(HybridEngine, read_later=True))
+    monkeypatch.setattr(TrainingState, "advance", counted_advance)
+    settings = ("data.eval_from=", f"train.deepspeed={tmp_path / 'parts.json'}")
+    file, *overrides = job_arguments(world, tmp_path / "run", *settings)
+    with World.join("cpu") as ranks, Waits() as waits:
+        trainer.align.run_job(load_align(file, overrides), ranks, Preemption())
+    of_steps = [waits.calls[start:stop] for start, stop in pairwise(starts)]
+    assert len(of_steps) > 5
+    # Adam's moments and DeepSpeed's buffers are made in the first step.
+    assert of_steps[1:] == (len(of_steps) - 1) * [["values of a step"]]

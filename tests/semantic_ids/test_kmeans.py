@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from modules.codebook import Codebook
+from modules.codebook import Codebook, nearest_by_product
 from tests.conftest import RunRanks
+from tests.device_waits import HOST_ONLY, Waits
 from tests.semantic_ids.fit_rank import hash_of
 from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
 from trainer.semantic_ids import kmeans, kmeans_start, vector_source
+from trainer.semantic_ids.fixed_point import FixedPoint
 from trainer.semantic_ids.kmeans import Fit, KMeansSettings, fit
 from trainer.semantic_ids.vector_source import StoredVectors, merge_equal
 
@@ -58,6 +61,31 @@ def test_a_warm_fit_equals_plain_k_means(seed: int) -> None:
     centroids, distortions = lloyd(vectors, weights, start.numpy(), 4)
     np.testing.assert_allclose(result.codebook.levels[0].numpy(), centroids, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose([one.distortion for one in result.history[0]], distortions, rtol=1e-6)
+
+
+def test_the_host_waits_for_a_chunk_only_where_centroids_are_near_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations of a GPU: it must say how many centroids are compared exactly, and what it has found."""
+    per_chunk = 100
+    monkeypatch.setattr(vector_source, "CHUNK_VALUES", 8 * per_chunk)
+    monkeypatch.setattr("tests.device_waits.HOST_ONLY", HOST_ONLY | {("vector_source.py", "")})
+    monkeypatch.setattr(kmeans, "nearest", nearest_by_product)
+    monkeypatch.setattr(FixedPoint, "add_rows", FixedPoint.add_rows_by_index)
+    sums, waits, of_chunks = kmeans._Fitting._sums, Waits(), list[list[str]]()
+
+    def counted_sums(*arguments: Any) -> Any:
+        before = len(waits.calls)
+        found = sums(*arguments)
+        of_chunks.append(waits.calls[before:])
+        return found
+
+    monkeypatch.setattr(kmeans._Fitting, "_sums", counted_sums)
+    with waits:
+        fitted(blobs(5 * per_chunk), KMeansSettings((12,), iterations=3, tolerance=0, start="random"))
+    assert len(of_chunks) == 3
+    for calls in of_chunks:
+        names = Counter(call.partition(" in ")[0] for call in calls)
+        # The end of a pass brings three results to the host.
+        assert names == {"nonzero": 5, "values of a step": 5, "numpy": 5, "cpu": 2, "_local_scalar_dense": 1}
 
 
 @pytest.mark.parametrize("start", ["random", "k-means++"])

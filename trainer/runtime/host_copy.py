@@ -5,10 +5,13 @@ Those to the host are read later, when the device has gone on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Key = TypeVar("Key")
 
 
 class HostCopy:
@@ -40,6 +43,23 @@ class HostCopy:
     def numbers(self) -> list[float]:
         """Return the elements of all copies as numbers; the first call waits for the device."""
         return [number for copy in self.read() for number in copy.flatten().tolist()]
+
+
+def one_behind(copies: Iterable[tuple[Key, HostCopy]]) -> Iterator[tuple[Key, list[Tensor]]]:
+    """Yield keys with the tensors of their copies, each when the next copy has been queued.
+
+    So a device computes the next tensors while the host reads and uses these.
+
+    Args:
+        copies: a lazy iterable, which queues the work for a copy when it is asked for it.
+    """
+    waiting: tuple[Key, HostCopy] | None = None
+    for following in copies:
+        if waiting is not None:
+            yield waiting[0], waiting[1].read()
+        waiting = following
+    if waiting is not None:
+        yield waiting[0], waiting[1].read()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from trainer.config.align import AlignConfig
 from trainer.console.errors import UserError
@@ -31,6 +32,7 @@ from trainer.engine.build_engine import rows_per_rank
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.runtime.distributed import World
 from trainer.runtime.files import whole_file
+from trainer.runtime.host_copy import HostCopy, one_behind
 from trainer.semantic_ids.align_features import AuthorRequests, PairFeatures
 from trainer.semantic_ids.align_popularity import BUCKETS, AuthorPopularity
 
@@ -115,12 +117,20 @@ def encode_users(engine: HybridEngine, loader: Loader, limit: int, world: World)
     """Return the held-out positives with their users' vectors, at most about ``limit`` of them. Collective."""
     found: list[tuple[np.ndarray, ...]] = []
     with Progress("held-out users", loader.rows_total, "rows", quiet=world.rank > 0) as progress:
-        for batch, output in engine.predict(iter(loader)):
-            if batch.author_id is not None:
-                dim = output.shape[1] // 2
-                tensors = (batch.visit_id, batch.user_id, batch.author_id, batch.request_ms, output[:, :dim])
-                found.append(tuple(tensor.cpu().numpy().copy() for tensor in tensors))
-            progress.advance(batch.rows + batch.left_out_rows)
+
+        def copies() -> Iterator[tuple[int, HostCopy]]:
+            for batch, output in engine.predict(iter(loader)):
+                dim, tensors = output.shape[1] // 2, list[Tensor]()
+                if batch.author_id is not None:
+                    columns = (batch.visit_id, batch.user_id, batch.author_id, batch.request_ms)
+                    # Memory of the host may be used for another batch.
+                    tensors = [*(column.clone() for column in columns), output[:, :dim].clone()]
+                yield batch.rows + batch.left_out_rows, HostCopy(tensors)
+
+        for rows, tensors in one_behind(copies()):
+            if tensors:
+                found.append(tuple(tensor.numpy() for tensor in tensors))
+            progress.advance(rows)
     mine = [np.concatenate(parts) for parts in zip(*found, strict=True)] if found else None
     total = world.sum(0 if mine is None else len(mine[0]))
     if mine is not None and total > limit:
@@ -227,9 +237,10 @@ def encode_authors(
     """
     left = len(authors)
     with Progress(label, world.max(left), "vectors", quiet=world.rank > 0) as progress:
-        for _, output in engine.predict(requests.batches(authors, as_of_ms, rows, latest)):
-            dim = output.shape[1] // 2
-            block = output[: min(left, len(output)), dim:].cpu().numpy()
+        outputs = engine.predict(requests.batches(authors, as_of_ms, rows, latest))
+        copies = ((output.shape[1] // 2, HostCopy([output])) for _, output in outputs)
+        for dim, (output,) in one_behind(copies):
+            block = output[: min(left, len(output)), dim:].numpy()
             left -= len(block)
             progress.advance(len(block))
             if len(block):

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from modules.compiled import compiled
@@ -37,7 +36,8 @@ class FixedPoint:
 
     def integers(self, values: Tensor) -> Tensor:
         """Round values to integers of this scale, in int64."""
-        return torch.ldexp(values.double(), torch.tensor(self.exponent, device=values.device)).round_().long()
+        # A power of two as a number: as a tensor it would be copied to the device, for which the host waits.
+        return (values.double() * math.ldexp(1.0, self.exponent)).round_().long()
 
     def add_rows(self, sums: Tensor, codes: Tensor, values: Tensor, weights: Tensor) -> None:
         """Add ``weight * value`` of each row to the row of ``sums`` that its code names.
@@ -60,7 +60,7 @@ class FixedPoint:
 
     def values(self, integers: Tensor) -> Tensor:
         """Return integers of this scale as float64."""
-        return torch.ldexp(integers.double(), torch.tensor(-self.exponent, device=integers.device))
+        return integers.double() * math.ldexp(1.0, -self.exponent)
 
     def value(self, integer: int) -> float:
         """Return an integer of this scale as a number."""

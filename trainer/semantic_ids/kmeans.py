@@ -28,6 +28,7 @@ from modules.codebook import Codebook, nearest, row_sums
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.runtime.distributed import World
+from trainer.runtime.host_copy import HostCopy, one_behind, to_device
 from trainer.runtime.tracking import record_scalars
 from trainer.semantic_ids.fixed_point import FixedPoint, magnitude_of
 from trainer.semantic_ids.kmeans_start import draw_numbers, mixed, plus_plus
@@ -298,7 +299,7 @@ class _Fitting:
                 yield _Part(numbers, self._residuals(chunk.vectors, before), torch.from_numpy(chunk.weights))
 
     def _residuals(self, vectors: np.ndarray, before: Codebook) -> Tensor:
-        return before.residuals(torch.from_numpy(vectors).to(self.world.device))
+        return before.residuals(to_device(torch.from_numpy(vectors), self.world.device))
 
     def _sums(
         self,
@@ -311,18 +312,23 @@ class _Fitting:
         progress: Progress,
     ) -> _Pass:
         device = self.world.device
-        centroids = centroids.to(device)
+        centroids = to_device(centroids, device)
         sums = torch.zeros(centroids.shape, dtype=torch.int64, device=device)
         totals = torch.zeros(len(centroids) + 1, dtype=torch.int64, device=device)
-        for part in self._parts(ranges, before):
-            codes, squared = nearest(part.values, centroids)
-            index, weights = codes.long(), part.weights.to(device)
-            vectors.add_rows(sums, codes, part.values, weights)
-            totals.index_add_(0, index, weights)
-            totals[-1] += (distances.integers(squared) * weights).sum()
-            if self.settings.revive:
-                worst = _larger(worst, (squared.double() * weights).cpu().numpy(), part.numbers, len(centroids))
-            progress.advance(len(part.numbers))
+
+        def parts() -> Iterator[tuple[np.ndarray, HostCopy]]:
+            for part in self._parts(ranges, before):
+                codes, squared = nearest(part.values, centroids)
+                index, weights = codes.long(), to_device(part.weights, device)
+                vectors.add_rows(sums, codes, part.values, weights)
+                totals.index_add_(0, index, weights)
+                totals[-1] += (distances.integers(squared) * weights).sum()
+                yield part.numbers, HostCopy([squared.double() * weights] if self.settings.revive else [])
+
+        for numbers, weighted in one_behind(parts()):
+            for of_part in weighted:
+                worst = _larger(worst, of_part.numpy(), numbers, len(centroids))
+            progress.advance(len(numbers))
         if self.world.size > 1:
             dist.all_reduce(sums, group=dist.group.WORLD)
             dist.all_reduce(totals, group=dist.group.WORLD)
@@ -411,12 +417,12 @@ class _Fitting:
         earlier = Codebook(before.levels[:-1], True, before.scales[:-1])
         largest = math.ldexp(1.0, self._magnitude(earlier)) + float(last.abs().max())
         lengths = FixedPoint.of(self.total_weight, magnitude_of(largest * math.sqrt(self.source.dim) * 1.01))
-        total = 0
+        total = torch.zeros((), dtype=torch.int64, device=self.world.device)
         for part in self._parts([(self.first, self.stop)], earlier):
             left = part.values - last[nearest(part.values, last)[0].long()]
             integers = lengths.integers(row_sums(left.double() ** 2).sqrt())
-            total += int((integers.cpu() * part.weights).sum())
-        return lengths.value(self.world.sum(total)) / self.total_weight
+            total += (integers * to_device(part.weights, integers.device)).sum()
+        return lengths.value(self.world.sum(int(total))) / self.total_weight
 
     def _save(self, state: FitState) -> None:
         file = self.state_file

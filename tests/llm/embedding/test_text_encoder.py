@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
+from modules.choices import TextPooling
+from tests.device_waits import Waits
 from tests.llm.tiny import CPU
+from trainer.llm.embedding import text_encoder
 from trainer.llm.embedding.text_encoder import EncodeCounts, Encoder, batches_by_length
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.text_tokens import text_tokens
@@ -29,3 +33,37 @@ def test_texts_tokens_and_places_are_counted(base: BaseModelFiles) -> None:
         expected = (times * each for each in (len(texts), truncated, sum(kept), places))
         assert encoder.counts == EncodeCounts(*expected)
     assert math.isclose(encoder.counts.places / 2, places)
+
+
+TEXTS = ["fire", "river stone " * 9, "green", "seven cloud stone", "river stone cloud fire green seven", "cloud"]
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "query"])
+def test_the_host_waits_for_the_vectors_of_a_batch_alone(base: BaseModelFiles, pooling: TextPooling) -> None:
+    encoder = Encoder(base.load(bf16=False), base.tokenizer, CPU, length=16, tokens=24)
+    encoder.pool_with(pooling, torch.randn(encoder.dim, generator=torch.Generator().manual_seed(1)))
+    ids = encoder.tokenise(TEXTS)
+    batches = len(batches_by_length(torch.tensor([len(one) for one in ids]).numpy(), 24))
+    assert 1 < batches < len(TEXTS)
+    with Waits() as waits:
+        encoder.vectors(TEXTS)
+    # numpy() is called for what is on the host already.
+    assert sorted(waits.calls) == sorted(["values of a step", "numpy in text_encoder.py:vectors"] * batches)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ready_masks_give_the_states_of_raw_ones(
+    base: BaseModelFiles, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with and without padding."""
+    encoder = Encoder(base.load(bf16=False), base.tokenizer, CPU, length=32, tokens=64)
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 20, (5,), generator=random).tolist()
+    for widths in (lengths, [7] * 5, [1], [1, 3]):
+        ids = [torch.randint(1, 250, (width,), generator=random).tolist() for width in widths]
+        ready, _ = encoder.states(ids)
+        with monkeypatch.context() as patch:
+            patch.setattr(text_encoder, "ready_mask", lambda config, mask: None)
+            raw, _ = encoder.states(ids)
+        for row, one in enumerate(ids):
+            assert torch.equal(ready[row, : len(one)], raw[row, : len(one)])

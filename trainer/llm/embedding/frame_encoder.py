@@ -22,6 +22,7 @@ from modules.text_pooling import pool
 from trainer.console.errors import UserError, one_line
 from trainer.llm.embedding.segment_encoder import TextSegmentEncoder
 from trainer.llm.embedding.text_encoder import Encoder
+from trainer.runtime.host_copy import to_device
 from trainer.runtime.stored_files import file_inside, read_limited
 
 MAX_FRAME_BYTES = 1 << 24
@@ -117,16 +118,16 @@ class FrameSegmentEncoder:
             ids += [start, *[image] * (grid[0] * grid[1] * grid[2] // merged), end]
         ids += text
         device, model = self._encoder.device, self._encoder.model
-        tokens = torch.tensor([ids], device=device)
+        tokens = to_device(torch.tensor([ids]), device)
         states = model.model(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             mm_token_type_ids=(tokens == image).int(),
-            pixel_values=inputs["pixel_values"].to(device, model.dtype),
-            image_grid_thw=inputs["image_grid_thw"].to(device),
+            pixel_values=to_device(inputs["pixel_values"].to(model.dtype), device),
+            image_grid_thw=to_device(inputs["image_grid_thw"], device),
             use_cache=False,
         ).last_hidden_state
-        length = torch.tensor([len(ids)], device=device)
+        length = to_device(torch.tensor([len(ids)]), device)
         vector: np.ndarray = pool(states, length, self._encoder.pooling, self._encoder.query)[0].cpu().numpy()
         return vector
 

@@ -49,12 +49,12 @@ def fit_query(encoder: Encoder, dataset: str | Path, template: Template, seed: i
     held_out = min(HELD_OUT, len(videos) // 2)
     query = torch.zeros(encoder.dim, device=sides[0][0].device, requires_grad=True)
     optimizer = torch.optim.Adam([query], lr=LEARNING_RATE)
-    best, lowest = query.detach().clone(), float("inf")
+    # Compared on the device, since the host would wait for it in each step.
+    best, lowest = query.detach().clone(), torch.full((), torch.inf, device=query.device)
     for _ in range(STEPS):
         with torch.no_grad():
-            loss = float(_loss(query, sides, slice(0, held_out)))
-        if loss < lowest:
-            best, lowest = query.detach().clone(), loss
+            loss = _loss(query, sides, slice(0, held_out))
+            best, lowest = torch.where(loss < lowest, query, best), torch.where(loss < lowest, loss, lowest)
         optimizer.zero_grad()
         _loss(query, sides, slice(held_out, None)).backward()
         optimizer.step()

@@ -8,12 +8,13 @@ kernels do not promise that for different rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from trainer.llm.embedding.text_encoder import Encoder
 from trainer.llm.models.prompt_templates import Template
+from trainer.runtime.host_copy import HostCopy, one_behind
 
 SHORTEST = 8
 """Smallest length to which texts are padded."""
@@ -49,6 +50,12 @@ class TextSegmentEncoder:
         """
         ids = self.tokens(texts)
         vectors = np.zeros((len(ids), self._encoder.dim), np.float32)
+        for batch, (found,) in one_behind(self._batches(ids)):
+            vectors[batch] = found.numpy()[: len(batch)]
+        return vectors, [""] * len(ids)
+
+    def _batches(self, ids: Sequence[list[int]]) -> Iterator[tuple[np.ndarray, HostCopy]]:
+        """Yield the places of the texts of each batch, with a copy of its vectors."""
         widths = np.array([padded_length(len(one), self._length) for one in ids])
         for width in np.unique(widths).tolist():
             rows = max(1, min(self._rows, self._tokens // width))
@@ -57,8 +64,7 @@ class TextSegmentEncoder:
                 batch = chosen[first : first + rows]
                 # One token each fills the batch up.
                 filled = [ids[one] for one in batch] + [[0]] * (rows - len(batch))
-                vectors[batch] = self._encoder.pooled(filled, width)[: len(batch)]
-        return vectors, [""] * len(ids)
+                yield batch, self._encoder.pooled(filled, width)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text in its template, at least one."""

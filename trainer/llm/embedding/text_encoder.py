@@ -12,7 +12,9 @@ from torch import Tensor
 
 from modules.choices import TextPooling
 from modules.text_pooling import pool
+from trainer.llm.models.ready_mask import ready_mask
 from trainer.llm.models.text_tokens import text_tokens
+from trainer.runtime.host_copy import HostCopy, one_behind, to_device
 
 
 @dataclass
@@ -72,20 +74,20 @@ class Encoder:
         ids = self.tokenise(texts)
         lengths = np.array([len(one) for one in ids])
         vectors = np.empty((len(ids), self.dim), np.float32)
-        for batch in batches_by_length(lengths, self._tokens):
-            vectors[batch] = self.pooled([ids[one] for one in batch])
+        batches = batches_by_length(lengths, self._tokens)
+        for batch, (found,) in one_behind((batch, self.pooled([ids[one] for one in batch])) for batch in batches):
+            vectors[batch] = found.numpy()
         return vectors
 
-    def pooled(self, ids: Sequence[Sequence[int]], width: int = 0) -> np.ndarray:
-        """Encode one batch of texts by their tokens into vectors ``[n, dim]`` float32.
+    def pooled(self, ids: Sequence[Sequence[int]], width: int = 0) -> HostCopy:
+        """Queue the encoding of one batch of texts into vectors ``[n, dim]`` float32; returns a copy of these.
 
         Args:
             ids: tokens of each text.
             width: length to which texts are padded; that of the longest if it is 0.
         """
         states, sizes = self.states(ids, width)
-        vectors: np.ndarray = pool(states, sizes, self.pooling, self.query).cpu().numpy()
-        return vectors
+        return HostCopy([pool(states, sizes, self.pooling, self.query)])
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the first ``length`` tokens of each text."""
@@ -102,18 +104,27 @@ class Encoder:
             ids: tokens of each text.
             width: length to which texts are padded; that of the longest if it is 0.
         """
-        lengths = torch.tensor([len(one) for one in ids])
+        sizes = [len(one) for one in ids]
         # Any id may stand for padding: it is masked, and a causal model's earlier states do not depend on it.
-        padded = torch.zeros(len(ids), width or int(lengths.max()), dtype=torch.int64)
+        padded = torch.zeros(len(ids), width or max(sizes), dtype=torch.int64)
         for row, one in enumerate(ids):
             padded[row, : len(one)] = torch.tensor(one)
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        self.counts.tokens += int(lengths.sum())
+        self.counts.tokens += sum(sizes)
         self.counts.places += padded.numel()
+        lengths = to_device(torch.tensor(sizes), self.device)
+        mask = self._mask(lengths, padded.shape[1], padding=min(sizes) < padded.shape[1])
         states = self._states(
-            input_ids=padded.to(self.device), attention_mask=mask.long().to(self.device), use_cache=False
+            input_ids=to_device(padded, self.device), attention_mask=mask, use_cache=False
         ).last_hidden_state
-        return states, lengths.to(self.device)
+        return states, lengths
+
+    def _mask(self, lengths: Tensor, width: int, *, padding: bool) -> Tensor | dict[str, Tensor | None]:
+        """Return the mask of texts of some lengths ``[n]``, in a batch that has ``padding`` or not."""
+        places = torch.arange(width, device=self.device)
+        tokens = places < lengths[:, None]
+        causal = (places[:, None] >= places) & tokens[:, None, None] if padding else None
+        ready = ready_mask(self._states.config, causal)
+        return tokens.long() if ready is None else ready
 
 
 def batches_by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from trainer.config.finetune import AttentionKind
 from trainer.llm.finetuning.packed_batch import TokenBatch
 from trainer.llm.finetuning.packing import Packs
+from trainer.llm.models.ready_mask import ready_mask
 
 IMPLEMENTATIONS: dict[AttentionKind, str] = {
     "sdpa": "sdpa",
@@ -92,7 +93,7 @@ def attention_inputs(batch: TokenBatch, config: Any) -> dict[str, Any]:
         # Given once for all layers: from the positions every layer would derive them again, and wait for the device.
         starts, longest = batch.run_starts, batch.longest_run
         return {
-            "attention_mask": _no_mask(config),
+            "attention_mask": ready_mask(config, None),
             "cu_seq_lens_q": starts,
             "cu_seq_lens_k": starts,
             "max_length_q": longest,
@@ -104,15 +105,7 @@ def attention_inputs(batch: TokenBatch, config: Any) -> dict[str, Any]:
             # transformers adds this mask to the scores; a mask of bools would only add 1 to those that count.
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
         return {"attention_mask": mask}
-    return {"attention_mask": _no_mask(config) if mask is None else mask}
-
-
-def _no_mask(config: Any) -> dict[str, None] | None:
-    """Return the mask for a model whose implementation needs none to be causal."""
-    # Without any mask transformers looks for packed samples in the positions, and waits for the device. A Qwen2 model
-    # takes a ready mask for each type of its layers.
-    ready = config.model_type == "qwen2" and set(config.layer_types) == {"full_attention"}
-    return {"full_attention": None} if ready else None
+    return {"attention_mask": ready_mask(config, None) if mask is None else mask}
 
 
 def block_mask(segments: Tensor) -> Any:
