@@ -35,7 +35,7 @@ from trainer.config.staytime import LcuConfig, StaytimeConfig
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.engine.lr_schedule import learning_rate_factor
-from trainer.runtime.host_copy import HostCopy, to_device
+from trainer.runtime.host_copy import HostCopy, one_behind, to_device
 from trainer.runtime.tracking import record_scalars
 
 ROWS_AT_ONCE = 8192
@@ -242,6 +242,8 @@ def train(
             for name, loss in losses.items():
                 epochs[queued.epoch][name] = epochs[queued.epoch].get(name, 0.0) + loss / steps_of_epoch
             progress.advance(queued.rows, f"loss {losses['loss']:.4f}")
+            if (queued.step + 1) % steps_of_epoch == 0:
+                record_scalars(epochs[queued.epoch], queued.epoch + 1)
 
     with Progress("train", settings.epochs * len(data.training), "rows", quiet=quiet) as progress:
         for epoch in range(settings.epochs):
@@ -263,8 +265,7 @@ def train(
                 values = torch.stack(list(losses.values()))
                 unread.append(_QueuedStep(epoch, step, len(rows), tuple(losses), HostCopy((values,))))
                 step += 1
-            read()
-            record_scalars(epochs[-1], epoch + 1)
+        read()
     return epochs
 
 
@@ -290,16 +291,22 @@ def predict(
     """Predict some rows, without dropout."""
     network.eval()
     parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(StaytimePredictions)}
-    for portion in _portions(rows, ROWS_AT_ONCE):
-        inputs, labels = make_batch(data, portion, device)
-        output = network(inputs)
-        seconds = base.seconds(output.logits, labels.duration)
-        separate = "separate_opening" in config.lcu.peculiar
-        parts["seconds"].append(seconds.double().cpu())
-        parts["score"].append((output.logits[:, 1] if separate else seconds).double().cpu())
-        for name, scores in (("popular", output.popular), ("touched", output.touched), ("watch", output.watch)):
-            if scores is not None:
-                parts[name].append(scores.float().cpu())
+
+    def copies() -> Iterator[tuple[list[str], HostCopy]]:
+        for portion in _portions(rows, ROWS_AT_ONCE):
+            inputs, labels = make_batch(data, portion, device)
+            output = network(inputs)
+            seconds = base.seconds(output.logits, labels.duration).double()
+            separate = "separate_opening" in config.lcu.peculiar
+            found = {"seconds": seconds, "score": output.logits[:, 1].double() if separate else seconds}
+            for name, scores in (("popular", output.popular), ("touched", output.touched), ("watch", output.watch)):
+                if scores is not None:
+                    found[name] = scores.float()
+            yield list(found), HostCopy(found.values())
+
+    for names, copied in one_behind(copies()):
+        for name, values in zip(names, copied, strict=True):
+            parts[name].append(values)
     return StaytimePredictions(**{name: torch.cat(part).numpy() if part else None for name, part in parts.items()})  # type: ignore[arg-type]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,14 @@ from trainer.data.features.fit import ID_TABLES
 from trainer.data.features.id_map import beyond_message
 from trainer.data.features.missing_inputs import MissingTally
 from trainer.data.format.truth_rows import PROBABILITIES, read_truth_rows
+from trainer.data.loading.batch import RankingBatch
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.metrics.behaviour_metrics import BehaviourMetrics, Report
 from trainer.ranking.training_state import MetricHistory
 from trainer.runtime.distributed import World
 from trainer.runtime.files import whole_file
+from trainer.runtime.host_copy import HostCopy, one_behind
 from trainer.runtime.phase_timer import PHASES
 
 CALIBRATION_EDGES = np.geomspace(1e-4, 1, 21)
@@ -62,10 +64,9 @@ def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "
     parts: dict[str, list[Tensor]] = {name: [] for name in Predictions.__dataclass_fields__}
     beyond, missing = torch.zeros(len(_BEYOND), dtype=torch.int64), MissingTally()
     with Progress(label, loader.rows_total, "rows", quiet=quiet) as progress:
-        for batch, logits in engine.predict(iter(loader)):
-            for name in ("user_id", "visit_id", "request_ms", "label", "mask"):
-                parts[name].append(getattr(batch, name).cpu().clone())
-            parts["probability"].append(torch.sigmoid(logits.float()).cpu())
+        for batch, copies in one_behind(_copied(engine.predict(iter(loader)))):
+            for name, copy in zip(parts, copies, strict=True):
+                parts[name].append(copy)
             missing.add(batch.missing)
             beyond += torch.tensor([batch.beyond.get(name, 0) for name in _BEYOND])
             if batch.searched_beyond is not None:
@@ -76,6 +77,15 @@ def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "
         logger.info(f"{label}: {beyond_message(dict(zip(_BEYOND, beyond.tolist(), strict=True)))}")
     log_missing(label, missing, engine.control)
     return Predictions(**{name: torch.cat(tensors) for name, tensors in parts.items()})
+
+
+def _copied(predictions: Iterator[tuple[RankingBatch, Tensor]]) -> Iterator[tuple[RankingBatch, HostCopy]]:
+    """Yield each batch with copies of the columns of :class:`Predictions`."""
+    for batch, logits in predictions:
+        # Clones, since the memory of a batch on the host may be used for another one.
+        facts = (tensor.clone() for tensor in (batch.user_id, batch.visit_id, batch.request_ms))
+        labels = (tensor.clone() for tensor in (batch.label, batch.mask))
+        yield batch, HostCopy([*facts, torch.sigmoid(logits.float()), *labels])
 
 
 def log_missing(label: str, own: MissingTally, control: dist.ProcessGroup) -> None:

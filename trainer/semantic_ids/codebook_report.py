@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from modules.codebook import Codebook, squared_distances
 from trainer.console.text_table import text_table
 from trainer.runtime.files import whole_file
+from trainer.runtime.host_copy import HostCopy, one_behind, to_device
 from trainer.semantic_ids.segments import SegmentVectors, TimeRange
 from trainer.semantic_ids.vector_source import hash_rows
 
@@ -64,16 +65,25 @@ def encode_segments(
     levels = len(codebook.levels)
     codes, hashes = np.empty((len(rows), levels), np.int32), np.empty(len(rows), np.uint64)
     errors, total, squares = np.zeros(levels), np.zeros(codebook.dim), 0.0
-    for at, block in segments.blocks(rows):
-        vectors = torch.from_numpy(block).to(device).float()
-        found, _ = codebook.encode(vectors)
-        for place, prefix in enumerate(prefixes):
-            decoded = prefix.decode(found[:, : place + 1])
-            own = torch.arange(len(vectors), device=device)
-            errors[place] += float(squared_distances(vectors, decoded, own).double().sum())
-        total += vectors.double().sum(0).cpu().numpy()
-        squares += float((vectors.double() ** 2).sum())
-        codes[at], hashes[at] = found.cpu().numpy(), hash_rows(block)
+
+    def copies() -> Iterator[tuple[Any, HostCopy]]:
+        for at, block in segments.blocks(rows):
+            vectors = to_device(torch.from_numpy(block), torch.device(device)).float()
+            found, _ = codebook.encode(vectors)
+            of_levels = []
+            for place, prefix in enumerate(prefixes):
+                decoded = prefix.decode(found[:, : place + 1])
+                own = torch.arange(len(vectors), device=device)
+                of_levels.append(squared_distances(vectors, decoded, own).double().sum())
+            hashes[at] = hash_rows(block)
+            doubles = vectors.double()
+            yield at, HostCopy((found, torch.stack(of_levels), doubles.sum(0), (doubles**2).sum()))
+
+    for at, (found, of_levels, of_columns, of_squares) in one_behind(copies()):
+        codes[at] = found.numpy()
+        errors += of_levels.numpy()
+        total += of_columns.numpy()
+        squares += float(of_squares)
     return EncodedSegments(codes, hashes, errors, total, squares)
 
 

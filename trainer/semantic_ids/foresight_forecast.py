@@ -32,6 +32,7 @@ from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.segments import segments_hash
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_fully, write_whole
+from trainer.runtime.host_copy import HostCopy, one_behind, to_device
 from trainer.runtime.stored_files import read_json_object, stored_value
 from trainer.semantic_ids.code_features import NO_CODE
 from trainer.semantic_ids.codebook_version import CodebookVersion
@@ -134,10 +135,11 @@ class Forecaster:
         self._predictor.eval()
         table = self._predictor.table()
         try:
-            for begin in range(first + world.rank * ROWS_AT_ONCE, stop, world.size * ROWS_AT_ONCE):
-                end = min(begin + ROWS_AT_ONCE, stop)
-                found = self._block(np.arange(begin, end), table)
-                yield begin, {name: values[: end - begin].cpu().numpy() for name, values in found._asdict().items()}
+            begins = range(first + world.rank * ROWS_AT_ONCE, stop, world.size * ROWS_AT_ONCE)
+            found = ((at, self._block(np.arange(at, min(at + ROWS_AT_ONCE, stop)), table)) for at in begins)
+            for begin, copies in one_behind((at, HostCopy(forecast)) for at, forecast in found):
+                tables = Forecast(*copies)._asdict()
+                yield begin, {name: values[: stop - begin].numpy() for name, values in tables.items()}
         finally:
             self._predictor.train(training)
 
@@ -147,7 +149,7 @@ class Forecaster:
         code = np.full((ROWS_AT_ONCE, runs), NO_CODE, np.int32)
         length = np.zeros((ROWS_AT_ONCE, runs), np.int32)
         code[: len(rows)], length[: len(rows)] = found
-        codes, lengths = (torch.from_numpy(array).to(self._device) for array in (code, length))
+        codes, lengths = (to_device(torch.from_numpy(array), self._device) for array in (code, length))
         return self._predictor.forecast(codes, lengths, self._pooling, self._centroids, table)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ from trainer.config.foresight import ForesightConfig
 from trainer.console.text_table import text_table
 from trainer.data.simulator.segment_truth import nearest_centroid, read_next_topics, reference_accuracy
 from trainer.runtime.distributed import World
+from trainer.runtime.host_copy import HostCopy, one_behind
 from trainer.semantic_ids.foresight_baselines import Baselines, Quality
 from trainer.semantic_ids.foresight_data import CodedRows, ForesightBatch, ForesightData
 from trainer.semantic_ids.foresight_training import ForesightState
@@ -73,10 +74,15 @@ def measure(
     quality, training = Quality(), predictor.training
     predictor.eval()
     table = predictor.table()
-    for begin in range(0, len(part), ROWS_AT_ONCE):
-        batch = ForesightBatch.of(data.rows, part[begin : begin + ROWS_AT_ONCE], runs, device)
-        log_p = predictor.log_p(batch.code, predictor(batch.code, batch.length, table), table)
-        quality.add(log_p.cpu().numpy(), batch.target.cpu().numpy())
+
+    def copies() -> Iterator[tuple[None, HostCopy]]:
+        for begin in range(0, len(part), ROWS_AT_ONCE):
+            batch = ForesightBatch.of(data.rows, part[begin : begin + ROWS_AT_ONCE], runs, device)
+            log_p = predictor.log_p(batch.code, predictor(batch.code, batch.length, table), table)
+            yield None, HostCopy((log_p, batch.target))
+
+    for _, (log_p, target) in one_behind(copies()):
+        quality.add(log_p.numpy(), target.numpy())
     predictor.train(training)
     return quality
 

@@ -30,6 +30,7 @@ from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.setup import build_engine
 from trainer.runtime.checksums import verify_checksums
 from trainer.runtime.distributed import World
+from trainer.runtime.host_copy import HostCopy, one_behind
 from trainer.semantic_ids.store_address import open_existing_store
 
 
@@ -54,7 +55,8 @@ class TrainedModel:
     def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
         """Yield the logits of each batch, ``[rows, behaviours]`` float32, on the CPU. Collective."""
         unpacked = (unpack(packed, self.features.layout, {}) for packed in batches)
-        return (logits.float().cpu() for _, logits in self.engine.predict(unpacked))
+        copies = ((None, HostCopy([logits.float()])) for _, logits in self.engine.predict(unpacked))
+        return (logits for _, (logits,) in one_behind(copies))
 
 
 def open_run(directory: str, world: World, data_path: str | None = None) -> TrainedModel:
