@@ -125,7 +125,8 @@ def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
             statuses = {rank.process.returncode for rank in started}
             if failed is None or (PREEMPTED_STATUS in statuses and is_lost_peer(failed.error or "")):
                 return PREEMPTED_STATUS if PREEMPTED_STATUS in statuses else 0
-            if signals and (signal.SIGINT in signals or len(signals) > 1 or -signals[0] in statuses):
+            by_signal = {-number for number in signals} | {128 + number for number in signals}
+            if signals and (signal.SIGINT in signals or len(signals) > 1 or by_signal & statuses):
                 return 128 + signals[0]
             return _report(failed)
     finally:

@@ -21,6 +21,7 @@ from trainer.checkpoint.run_directory import run_directory
 from trainer.checkpoint.tracked_metrics import mlflow_target
 from trainer.config.embed import EmbeddingJob, Kind, load_embedding
 from trainer.console.errors import UserError
+from trainer.console.exit_status import end_on_sigterm
 from trainer.console.job_arguments import EMBED_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
 from trainer.console.run_log import open_log
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with World.join(config.embed.device) as world:
             if options.follow:
                 return until_preempted(lambda: follow(config, world))
+            # Not before the ranks have joined: a rank that waits for the others runs no handler.
+            end_on_sigterm()
             embed(config, world)
             return 0
 

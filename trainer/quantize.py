@@ -20,6 +20,7 @@ from trainer.checkpoint.run_directory import run_directory
 from trainer.checkpoint.tracked_metrics import mlflow_target, numbers
 from trainer.config.paths import absolute_paths
 from trainer.config.quantize import QuantizeJob, load_quantize
+from trainer.console.exit_status import end_on_sigterm
 from trainer.console.job_arguments import QUANTIZE_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
 from trainer.runtime.distributed import World, run_rank
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def job() -> None:
         config = absolute_paths(load_quantize(options.config, options.overrides))
         with World.join(config.codebook.device) as world:
+            # Not before the ranks have joined: a rank that waits for the others runs no handler.
+            end_on_sigterm()
             quantize(config, world, options.old, options.compare_cold)
 
     return run_rank(job)

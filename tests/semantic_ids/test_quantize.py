@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from tests.runtime.recorded_mlflow import RecordedRun
 from tests.semantic_ids.segment_world import world_vectors, write_vectors, write_world
 from trainer.config.quantize import load_quantize
 from trainer.console.errors import UserError
+from trainer.console.exit_status import TERMINATED_STATUS
 from trainer.report.run_report import make_report
 from trainer.runtime.distributed import World
+from trainer.runtime.run_status import read_status
 from trainer.semantic_ids import kmeans
 from trainer.semantic_ids.codebook_version import CodebookVersion
 
@@ -138,6 +142,17 @@ def test_a_job_that_is_ended_continues_with_the_same_result(
     quantize("again")
     assert len(written) - continued == continued + 5
     assert not (job.parent / "first.fit").exists()
+
+
+def test_sigterm_is_the_state_of_the_job_and_it_continues(
+    job: Path, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(kmeans, "record_scalars", lambda values, step: os.kill(os.getpid(), signal.SIGTERM))
+        assert trainer.quantize.main([str(job)]) == TERMINATED_STATUS
+    status = read_status(job.parent / "first.fit")
+    assert status is not None and (status.state, status.reason) == ("stopped", "SIGTERM")
+    assert_equal(quantize("first"), quantize("whole"))
 
 
 def test_a_refresh_starts_warm_and_keeps_numbers(job: Path, quantize: Quantize) -> None:
