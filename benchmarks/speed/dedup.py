@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.measure import make_parser, run_ranks, write_result
+from benchmarks.measure import make_parser, median_and_range, run_ranks, write_result
 from modules.embeddings import Lookup, Table
 from trainer.console.text_table import text_table
 from trainer.runtime.distributed import World, control_group
@@ -187,6 +187,12 @@ def measure_rank(rows: int, length: int, out: Path) -> None:
                     "milliseconds_in_all": 1e3
                     * statistics.median(sum(each[stage] for stage in STAGES) for each in seconds[way]),
                     "processor_milliseconds": 1e3 * statistics.median(each["processor"] for each in seconds[way]),
+                    "spread": {
+                        "milliseconds_in_all": median_and_range(
+                            [1e3 * sum(each[stage] for stage in STAGES) for each in seconds[way]]
+                        ),
+                        "processor_milliseconds": median_and_range([1e3 * each["processor"] for each in seconds[way]]),
+                    },
                 }
                 for way in WAYS
             },

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchrec.modules.mc_modules import LRU_EvictionPolicy, MCHManagedCollisionModule
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from benchmarks.measure import make_parser, write_result
+from benchmarks.measure import make_parser, median_and_range, write_result
 from modules.embeddings import Dynamic, Table
 from trainer.console.progress import Progress
 from trainer.console.text_table import text_table
@@ -119,8 +119,12 @@ def measure(look_up: Map, ids: int, steps: int, tick: Callable[[], None]) -> dic
             looked_up += len(distinct)
         holder |= {row: value for value, row in found.items() if row >= 0}
         tick()
-    median = float(np.median(seconds))
-    return {"milliseconds": 1e3 * median, "ids_per_second": ids / median} | {
+    spread = median_and_range([1e3 * one for one in seconds])
+    return {
+        "milliseconds": spread["median"],
+        "milliseconds_least": spread["least"],
+        "milliseconds_most": spread["most"],
+        "ids_per_second": 1e3 * ids / spread["median"],
         "served": served / looked_up,
         "kept": kept / looked_up,
     }
