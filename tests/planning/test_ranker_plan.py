@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ from trainer.planning.accelerators import describe_cluster
 from trainer.planning.ranker_plan import Assumptions, plan_ranker
 
 
-def planned(gpu: str = "h200", gpus: int = 2, rows: dict[str, int] | None = None, **sections: Any) -> dict[str, Any]:
+def planned(
+    gpu: str = "h200", gpus: int = 2, rows: dict[str, int] | None = None, exposures: int = 0, **sections: Any
+) -> dict[str, Any]:
     sections = {"train": {"batch_size": 1024}, "model": {"expert_layers": [[32, 16]]}, **sections}
     config = parse_config({"data": {"path": "nowhere"}, **sections}, "job.toml")
-    return plan_ranker(config, SPEC, describe_cluster(gpu, gpus, 1), Assumptions(), rows or {})
+    spec = replace(SPEC, exposures=exposures)
+    return plan_ranker(config, spec, describe_cluster(gpu, gpus, 1), Assumptions(), rows or {})
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,29 @@ def test_limits_of_the_dataset_are_problems_and_dynamic_ids_are_none() -> None:
 def test_rows_that_the_ranks_cannot_share_are_one_line() -> None:
     with pytest.raises(UserError, match=r"^train\.batch_size = 1024 is not a multiple of the 3 ranks$"):
         planned(gpus=3)
+
+
+def with_searches(device: str, **search: Any) -> dict[str, Any]:
+    history = {"long": {"domain": "video", "search": "top"}}
+    return {"history": history, "search": {"device": device, **search}, "item": {"dim": 24}}
+
+
+def test_histories_that_the_device_searches_are_in_its_memory() -> None:
+    def searched(gpu: str = "h200", rows: dict[str, int] | None = None, **features: Any) -> int:
+        plan = planned(gpu, rows=rows, exposures=7_001, features=features)
+        assert plan["memory"]["fullest_total"] == sum(plan["memory"]["fullest"].values())
+        found: int = plan["memory"]["fullest"].get("searched histories", 0)
+        return found
+
+    tables = {table["table"]: table["rows"] for table in planned(features=with_searches("cpu"))["tables"]}
+    # An entry has its item, its author, its behaviours and an age in 4 bytes each, and its time in 8.
+    visits = 24 * 3_501
+    vectors = 32 * tables["item"] + 16 * tables["author"]
+    assert searched(**with_searches("cpu")) == 0
+    assert searched(**with_searches("device")) == searched(**with_searches("auto")) == visits + 2 * vectors
+    assert searched("cpu", **with_searches("device")) == visits + 2 * vectors
+    assert searched(**with_searches("device", dtype="int8", tables=["author"])) == visits + 16 * tables["author"]
+    # The loader searches where there is no GPU, and where there is no room.
+    many = {"item": 1_500_000_000}
+    assert searched("cpu", **with_searches("auto")) == searched(rows=many, **with_searches("auto")) == 0
+    assert searched(rows=many, **with_searches("device")) > 64 * many["item"]

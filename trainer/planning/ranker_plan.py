@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from modules.search.search import padded_width
 from modules.table_set import TableSet
 from trainer.checkpoint.run_directory import with_precision
 from trainer.config.deepspeed import complete_settings, is_enabled
@@ -23,6 +26,7 @@ from trainer.planning.exchange_traffic import RankTraffic, exchange_bytes, rank_
 from trainer.planning.ranker_model import RankerModel
 from trainer.planning.step_time import StepTime, step_time
 from trainer.planning.table_memory import RankTables, optimizer_bytes, rank_tables, table_bytes
+from trainer.ranking.device_histories import AUTO_SHARE, entry_bytes, refusal
 from trainer.sparse.dynamic_ids import ID_BYTES
 from trainer.sparse.planner import (
     RESERVED_SHARE,
@@ -122,6 +126,9 @@ def plan_ranker(
         _host_memory(of_rank._replace(whole=of_rank.whole + columns), model, config)
         for of_rank, columns in zip(of_tables, of_ids, strict=True)
     ]
+    searched = _searched_histories(model, config, spec, cluster, max(sum(of_rank.values()) for of_rank in memory))
+    if searched:
+        memory = [{**of_rank, "searched histories": searched} for of_rank in memory]
     if figures.device == "cpu":
         # A CPU has one memory.
         memory = [{**on_device, **on_host} for on_device, on_host in zip(memory, host, strict=True)]
@@ -285,6 +292,28 @@ def _id_columns(plan: list[dict[str, Any]], model: RankerModel, world: int) -> l
         for rank, (rows, _) in zip(table["ranks"], table["shards"], strict=True):
             columns[rank] += ID_BYTES * rows * (table["table"] in dynamic)
     return columns
+
+
+def _searched_histories(model: RankerModel, config: JobConfig, spec: DatasetSpec, cluster: Cluster, other: int) -> int:
+    """Return the bytes of the histories and search vectors of a rank whose device searches; 0 if the loader searches.
+
+    Args:
+        model: the model.
+        config: the job.
+        spec: description of the dataset. Each exposure may be a visit of a history, and every rank has as many.
+        cluster: the cluster.
+        other: bytes of the other parts of the fullest rank, for a job that lets the free memory decide.
+    """
+    search, figures = config.features.search, cluster.accelerator
+    automatic = search.device == "auto"
+    if not model.features.needs_space or search.device == "cpu" or refusal(config):
+        return 0
+    vectors = sum(table.rows * padded_width(table.dim) for table in model.tables if table.name in search.tables)
+    entries = math.ceil(spec.exposures / cluster.gpus)
+    needed = entries * entry_bytes(model.features) + vectors * np.dtype(search.dtype).itemsize
+    if automatic and (figures.device == "cpu" or needed > AUTO_SHARE * (figures.memory_bytes - other)):
+        return 0
+    return needed
 
 
 def _host_memory(of_rank: RankTables, model: RankerModel, config: JobConfig) -> dict[str, int]:

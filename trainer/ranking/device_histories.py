@@ -42,7 +42,6 @@ class DeviceHistories:
 
     Args:
         features: feature map of the model.
-        histories: histories of the dataset, which do not change.
         places: places of the entries on the device.
         space: search vectors.
         lengths: history that searches by dot product -> largest number of entries.
@@ -88,10 +87,9 @@ class DeviceHistories:
     @staticmethod
     def bytes_needed(features: FeatureMap, places: DevicePlaces, space: SearchSpace) -> int:
         """Return the bytes of memory that the histories and a version of the search vectors take on the device."""
-        ids = sum(_id_type(features, name).itemsize for name in ("item", "author"))
         vectors = sum(values.nbytes for values in space.at(0).values())
         later = sum(values.nbytes for values in space.at(1).values()) if space.refresh_steps else 0
-        return places.entries * (ids + 8 + 4 * features.context_ids) + max(vectors, later)
+        return places.entries * entry_bytes(features) + max(vectors, later)
 
     def complete(self, batch: RankingBatch) -> RankingBatch:
         """Make the searches that are left to the device, on the current stream, and write the ids of their entries.
@@ -170,6 +168,12 @@ def open_device_histories(
     logger.info(f"histories are searched on {world.device}: {what}")
     lengths = {name: history.length for name, history in config.features.history.items() if history.search == "top"}
     return DeviceHistories(features, places, space, lengths, world.device)
+
+
+def entry_bytes(features: FeatureMap) -> int:
+    """Return the bytes of memory that an entry of the histories takes on the device."""
+    ids = sum(_id_type(features, name).itemsize for name in ("item", "author"))
+    return ids + torch.int64.itemsize + torch.int32.itemsize * features.context_ids
 
 
 def refusal(config: JobConfig) -> str | None:
