@@ -11,8 +11,16 @@ from tests.paths import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 FILES = sorted(file for file in BENCHMARKS.rglob("*.py") if re.search(r"^def main\(", file.read_text(), re.MULTILINE))
-OTHER_RESULTS = {"chaos", "cross_content", "full_large", "larm_on_air", "moment_retraction", "mutants"}
-"""Results of `make chaos`, of `python -m tests.mutants`, and of second runs of LARM, of Cross and of all systems."""
+OTHER_RESULTS = {
+    "instructions_calibrated",
+    "chaos",
+    "cross_content",
+    "full_large",
+    "larm_on_air",
+    "moment_retraction",
+    "mutants",
+}
+"""Results of `make chaos`, of `python -m tests.mutants`, and of second runs, such as of LARM and of Cross."""
 
 
 def name_of(file: Path) -> str:
