@@ -1,7 +1,7 @@
 """Change one setting of the default ranker's recipe at a time, and measure what it adds in a simulated world.
 
-    limelight data simulate data/factors --users 3000 --days 10 --partitions 8 --seed 1 --factors
-    python -m benchmarks.quality.recipe --data data/factors --work runs/recipe --out benchmarks/results/recipe.json
+    limelight data simulate data/recipe --users 3000 --days 10 --partitions 8 --seed 1 --segment-vectors
+    python -m benchmarks.quality.recipe --data data/recipe --work runs/recipe --out benchmarks/results/recipe.json
 
 Each recipe is ``configs/simulated.toml`` with a few changes, and is compared with another recipe that lacks one of
 them. Recipes are chosen on the *tuning* days, the two days before the last two; the training ends where they begin. The
@@ -15,7 +15,7 @@ of ``benchmarks/quality/attainable_bound.py``.
 
 Each training is kept under ``--work`` and is not repeated, so the same command continues a benchmark that was stopped.
 One with other settings or another dataset is trained again. ``--days``, ``--recipes`` and ``--seeds`` choose a part;
-the report has all trainings that are kept.
+the report has all trainings that are kept. The vectors of segments change nothing else of the world.
 """
 
 from __future__ import annotations
@@ -56,12 +56,16 @@ COMMON = ("data.workers=0", "train.device=cpu", "checkpoint.every_minutes=0")
 DEFAULT, LOGISTIC = "default", "logistic regression"
 TAGS, TAGS_HEADS, HEADS = "tags and author features", "tags, multi_head", "multi_head"
 AUTHORS, SMALL_BATCHES = "author histories", "author histories, batch 512"
-CHOSEN = "author histories, batch 512, CGC"
+FIRST = "author histories, batch 512, CGC"
+PAST_TAG, PAST = "counts by tag", "counts by tag, of the user, by author"
+ON_AIR = "counts, what is on air"
+CHOSEN = "counts, lately too"
 _TAGS = ("features.tags=true", 'features.author_side=["author_category", "author_genre"]')
 _AUTHORS = (
     "features.history.author={domain='video', search='author', length=10}",
     "features.history.author_live={domain='live', search='author', length=10}",
 )
+_TAG = 'features.past.tag={same="tag"}'
 RECIPES: dict[str, Recipe] = {
     DEFAULT: Recipe("", ()),
     LOGISTIC: Recipe(DEFAULT, ('model.kind="logistic"',)),
@@ -85,16 +89,31 @@ RECIPES: dict[str, Recipe] = {
     "CGC": Recipe(DEFAULT, ('model.kind="cgc"',)),
     # As they were measured: compiled attention was no default then, and is one now.
     SMALL_BATCHES: Recipe(AUTHORS, ("train.batch_size=512", "model.compiled_attention=true")),
-    CHOSEN: Recipe(SMALL_BATCHES, ('model.kind="cgc"',)),
+    FIRST: Recipe(SMALL_BATCHES, ('model.kind="cgc"',)),
+    PAST_TAG: Recipe(FIRST, (_TAG,)),
+    PAST: Recipe(PAST_TAG, ("features.past.user={}", 'features.past.author={same="author"}')),
+    CHOSEN: Recipe(
+        PAST,
+        (
+            'features.past.tag_day={same="tag", half_life_minutes=1000}',
+            'features.past.tag_now={same="tag", half_life_minutes=20}',
+            "features.past.now={half_life_minutes=20}",
+        ),
+    ),
+    "counts, two epochs": Recipe(CHOSEN, ("train.epochs=2",)),
+    ON_AIR: Recipe(CHOSEN, ('features.content.air={table="DATA/embeddings/segments", of="segment"}',)),
+    "counts, what is on air, rate 0.004": Recipe(ON_AIR, ("optimizer.learning_rate=0.004",)),
 }
-FINAL = (DEFAULT, LOGISTIC, CHOSEN)
+"""All recipes; ``DATA`` in a setting stands for the dataset."""
+FINAL = (DEFAULT, LOGISTIC, FIRST, CHOSEN)
 """Recipes of the held-out days."""
 
 
 def job_of(recipe: str, days: str, seed: int, data: str, overrides: Sequence[str] = ()) -> JobConfig:
     """Return the job of a training."""
     own = (f"data.path={data}", f"run.seed={seed}", *COMMON, *DAYS[days], *overrides)
-    return load_config(JOB, [*settings_of(RECIPES, recipe), *own])
+    settings = [setting.replace("DATA/", f"{data}/") for setting in settings_of(RECIPES, recipe)]
+    return load_config(JOB, [*settings, *own])
 
 
 def train_missing(options: argparse.Namespace, world: World) -> None:

@@ -19,8 +19,10 @@ OTHER_RESULTS = {
     "larm_on_air",
     "moment_retraction",
     "mutants",
+    "recipe_first",
 }
-"""Results of `make chaos`, of `python -m tests.mutants`, and of second runs, such as of LARM and of Cross."""
+"""Results of `make chaos`, of `python -m tests.mutants`, and of other runs of LARM, of Cross, of all systems and of
+recipes."""
 
 
 def name_of(file: Path) -> str:
