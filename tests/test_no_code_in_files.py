@@ -233,6 +233,10 @@ NEVER = (
 )
 """Calls that run code from a file, or could."""
 
+MACHINE_CODE = "modules/loop_cache.py"
+"""Reads compiled loops from where numba keeps them, beside Python's own compiled files. They are machine code, so
+whoever may write there can change the program in any format."""
+
 
 _SUSPECT = re.compile(r"\b(load|loads|eval|exec|from_pretrained|from_config|FileSystemReader)\(")
 """Files without any such call are not parsed, which would take seconds."""
@@ -252,7 +256,8 @@ def calls() -> Iterator[tuple[str, str, dict[str | None, object]]]:
 def test_every_reader_forbids_code() -> None:
     found = 0
     for place, called, constants in calls():
-        assert called not in NEVER, f"{place}: {called} can run code from a file"
+        if not place.startswith(f"{MACHINE_CODE}:"):
+            assert called not in NEVER, f"{place}: {called} can run code from a file"
         for reader, (argument, value) in READERS.items():
             if called == reader or called.endswith(f".{reader}"):
                 found += 1

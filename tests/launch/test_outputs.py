@@ -29,8 +29,8 @@ from trainer.data.format.dataset import Dataset
 JOBS = ("train", "finetune", "embed", "staytime", "quantize", "align", "foresight")
 
 PLAIN_TEXT = {
-    *("time_from", "time_until", "at", "as_of", "evaluate_from", "most", "overrides", "ranks", "local_rank"),
-    *("store", "annotate", "model", "sort", "gpu", "names", "options"),
+    *("time_from", "time_until", "at", "as_of", "evaluate_from", "tune_from", "most", "overrides", "ranks"),
+    *("local_rank", "store", "annotate", "model", "sort", "gpu", "names", "options"),
     *("brokers", "topic", "dead_letter_topic"),
     *("fast_seconds", "slow_seconds", "tick_seconds", "idle_seconds", "max_out_of_orderness_seconds"),
 }

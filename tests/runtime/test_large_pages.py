@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,9 @@ def test_a_tensor_is_zero_in_pages_of_any_size(
 
 @pytest.mark.skipif(large_pages_setting() not in ("always", "madvise"), reason="this system has no large pages")
 def test_the_kernel_is_asked_for_large_pages() -> None:
-    values = torch.ones(5 * LARGE_PAGE // 4)
+    # Memory of its own: freed memory of another tensor may have been asked for large pages already.
+    memory = mmap.mmap(-1, 5 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    values = torch.frombuffer(memory, dtype=torch.float32)
     assert "hg" not in memory_flags(values)
     assert zero_in_large_pages(values)
     assert "hg" in memory_flags(values)

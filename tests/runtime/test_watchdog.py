@@ -139,8 +139,8 @@ def frames_of(file: Path, text: str) -> Iterator[Any]:
     ("file", "text", "waits_in"),
     [
         (ROOT / "trainer/engine/hybrid_engine.py", "torch.isfinite(losses).all()", "bool()"),
-        (ROOT / "trainer/llm/finetuning/adapter_engine.py", "float(losses.detach().sum())", "float()"),
-        (ROOT / "trainer/ranking/evaluation.py", "torch.sigmoid(logits.float()).cpu()", "cpu()"),
+        (ROOT / "trainer/engine/hybrid_engine.py", "float(unread.values.losses.sum())", "float()"),
+        (ROOT / "trainer/ranking/evaluation.py", "batch.searched_beyond.cpu()", "cpu()"),
         (PACKAGES / "torchrec/distributed/dist_data.py", ".tolist()", "tolist()"),
         (PACKAGES / "torch/cuda/streams.py", "super().synchronize()", "synchronize()"),
         (PACKAGES / "deepspeed/runtime/zero/stage_1_and_2.py", ".item()", "item()"),
