@@ -116,6 +116,74 @@ def search(small: bool) -> Parts:
     yield {"copy_bytes_per_second": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 5)}
 
 
+def device_searches(small: bool) -> Parts:
+    """Make the batches of long histories with searches by the loader and on the device, and compare all their ids."""
+    from trainer.config.ranker import load_config
+    from trainer.data.features.device_places import DevicePlaces
+    from trainer.data.features.feature_map import FeatureMap
+    from trainer.data.features.fit import fit_features
+    from trainer.data.features.search_vectors import SearchSpace, SpaceTable
+    from trainer.data.format.dataset import Dataset
+    from trainer.data.loading.loader import Loader
+    from trainer.ranking.device_histories import DeviceHistories, searched_lengths
+    from trainer.ranking.setup import split_in_time
+
+    users, days, rows, steps = (20, 10, 64, 4) if small else (400, 60, 2048, 20)
+    with tempfile.TemporaryDirectory() as scratch:
+        size = ("--users", users, "--days", days, "--partitions", 2, "--seed", 1)
+        run_limelight("data", "simulate", f"{scratch}/world", "--world", "cross", *size)
+        settings = [f"data.path={scratch}/world", "features.search.embedding=", "data.eval_from=", "data.train_from="]
+        config = load_config("configs/cross.toml", settings)
+        data = Dataset.open(config.data.path, "error")
+        fitting = split_in_time(config, data.spec).fitting
+        fitted = fit_features(data.spec, data.store, data.histories, config.features, fitting, {}, {})
+        features = FeatureMap(data.spec, config.features, fitted)
+        searched = config.features.search.tables
+        tables: dict[str, SpaceTable] = {
+            table.name: SpaceTable(table.rows, table.dim) for table in features.tables if table.name in searched
+        }
+        space = SearchSpace(tables, tables, config.features.search.dtype, 0)
+        random = np.random.default_rng(1)
+        for values in space.at(0).values():
+            values[1:] = random.standard_normal(values[1:].shape)
+        space.newest = 0
+        places = DevicePlaces(data.histories, data.spec.partitions, range(data.spec.partitions))
+        on_device = DeviceHistories(features, places, space, searched_lengths(config.features), device())
+        yield {"visits": places.entries, "bytes": DeviceHistories.bytes_needed(features, places, space)}
+
+        loaders = [
+            iter(Loader(data.store, data.histories, features, rank=0, world=1, batch_size=rows, seed=1, **options))
+            for options in ({"space": space}, {"space": space, "left_to": places})
+        ]
+        seconds: dict[str, list[float]] = {"loader": [], "loader without searches": [], "device": []}
+        differing, waits = 0, None
+
+        def timed(name: str, work: Callable[[], Any]) -> Any:
+            _synchronize()
+            begin = time.perf_counter()
+            result = work()
+            _synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+            return result
+
+        for _ in range(steps):
+            whole = timed("loader", lambda: next(loaders[0], None))
+            left = timed("loader without searches", lambda: next(loaders[1], None))
+            if whole is None or left is None:
+                break
+            there = left.to(device())
+            found = timed("device", partial(on_device.complete, there))
+            waits = _waits(partial(on_device.complete, there))
+            for ours, theirs in zip(found.ids, whole.ids, strict=True):
+                differing += int((ours.values().cpu() != theirs.values()).sum())
+                differing += int((ours.lengths().cpu() != theirs.lengths()).sum())
+        yield {
+            **{"rows of a batch": rows, "batches": len(seconds["device"]), "ids_that_differ": differing},
+            **{"waits": waits, "seconds_of_first_batch_on_device": seconds["device"][0]},
+            "seconds_of_a_batch": {name: min(of_part) for name, of_part in seconds.items()},
+        }
+
+
 def dynamic_ids(small: bool) -> Parts:
     """Give rows to ids that come and go, by policy, on the device and by the CPU map, and compare all columns."""
     from trainer.sparse.device_ids import DeviceIds
@@ -411,6 +479,16 @@ def dynamic_job(small: bool) -> Parts:
         yield from _on_both_devices(scratch, small, *dynamic)
 
 
+def searched_job(small: bool) -> Parts:
+    """Train ``configs/simulated.toml`` with searches on a CPU, by the loader, and on the device, and compare both."""
+    import fbgemm_gpu  # noqa: F401 - says that it is missing
+    import torchrec  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as scratch:
+        histories = ['features.history.short.search="top"', 'features.history.live.search="top"']
+        yield from _on_both_devices(scratch, small, *histories, 'features.search.device="device"')
+
+
 def _on_both_devices(
     scratch: str, small: bool, *settings: str
 ) -> Generator[dict[str, Any], None, tuple[dict[str, float], tuple[str, ...]]]:
@@ -543,6 +621,7 @@ def _differing_rows(places: Tensor, entries: int, length: int, parts: list[Any])
 STEPS = {
     "tests": Step(tests, 120),
     "search": Step(search, 60),
+    "device_searches": Step(device_searches, 90),
     "dynamic_ids": Step(dynamic_ids, 60),
     "process_group": Step(process_group, 60),
     "zero": Step(zero, 90),
@@ -552,5 +631,6 @@ STEPS = {
     "ranker": Step(ranker, 120),
     "job": Step(job, 240),
     "dynamic_job": Step(dynamic_job, 180),
+    "searched_job": Step(searched_job, 180),
 }
 """Name -> step, in order of value."""

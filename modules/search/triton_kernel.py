@@ -186,6 +186,8 @@ def top(first: Tensor, stop: Tensor, length: int, *parts: DevicePart, longest: i
         longest = int((stop - first).max())
     if not longest:
         return out
+    # Triton compiles a kernel for multiples of 16 and another one for other numbers: one is enough.
+    longest = -(-longest // 16) * 16
     rows = max(1, KEY_BYTES // (4 * longest))
     keys = torch.empty(min(rows, len(first)), longest, dtype=torch.int32, device=first.device)
     for begin in range(0, len(first), rows):

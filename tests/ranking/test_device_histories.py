@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch import RankingBatch
 from trainer.data.loading.loader import Loader
 from trainer.data.simulator.write_dataset import simulate
+from trainer.ranking import device_histories
 from trainer.ranking.device_histories import _gap_bucket, check_device, open_device_histories
 from trainer.ranking.setup import split_in_time
 
@@ -40,7 +44,17 @@ HISTORIES = {
 HISTORY_KEYS = {
     f"features.history.{name}.{key}": value for name, own in HISTORIES.items() for key, value in own.items()
 }
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
+# The interpreter runs the GPU's kernel on a CPU.
+DEVICE = torch.device("cuda") if torch.cuda.is_available() and not INTERPRETED else CPU
+ON_GPU = [
+    *([pytest.mark.gpu] if torch.cuda.is_available() else []),
+    pytest.mark.skipif(
+        not importlib.util.find_spec("triton") or not (INTERPRETED or DEVICE.type == "cuda"),
+        reason="needs Triton, and a GPU or its interpreter: run `make test-triton`",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +123,18 @@ def assert_same(ours: RankingBatch, theirs: RankingBatch) -> None:
 
 
 def pairs_of_batches(
-    config: JobConfig, data: Dataset, features: FeatureMap, seed: int, rank: int, ranks: int, **options: Any
+    config: JobConfig,
+    data: Dataset,
+    features: FeatureMap,
+    seed: int,
+    rank: int,
+    ranks: int,
+    device: torch.device = CPU,
+    **options: Any,
 ) -> Iterator[tuple[RankingBatch, RankingBatch]]:
     """Yield the batches of a rank with searches on the device, and with those of the loader."""
     space, write = random_space(config, features, seed)
-    world: Any = SimpleNamespace(rank=rank, size=ranks, device=CPU)
+    world: Any = SimpleNamespace(rank=rank, size=ranks, device=device)
     on_device = open_device_histories(config, features, data.histories, space, world)
     assert on_device is not None
     reading: dict[str, Any] = {"rank": rank, "world": ranks, "batch_size": BATCH, "seed": 0, "shuffle_ms": 3_600_000}
@@ -123,7 +144,7 @@ def pairs_of_batches(
     )
     for step, (left, whole) in enumerate(zip(*map(iter, loaders), strict=True), 1):
         assert left.left is not None and whole.left is None
-        yield on_device.complete(left), whole
+        yield on_device.complete(left.to(device)).to(CPU), whole
         if space.is_due(step):
             write()
 
@@ -149,6 +170,19 @@ def test_the_batches_are_those_of_the_loaders_searches(dataset: Path, variant: s
         steps, sizes = steps + 1, sizes | set(lengths.tolist())
     # Three versions of the vectors were in use.
     assert steps > 3 * REFRESH and 4 in sizes and (ranks > 1 or {0, 1, 4} <= sizes)
+
+
+@pytest.mark.parametrize("variant", [pytest.param(name, marks=ON_GPU) for name in ("direct", "int8")])
+def test_the_batches_of_the_gpus_kernel(dataset: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modules.search import triton_kernel
+
+    monkeypatch.setattr(device_histories, "_kernel", lambda device: triton_kernel.top)
+    config = job(dataset, *VARIANTS[variant], "features.history.live_long.length=30")
+    data = Dataset.open(str(dataset), "error")
+    features = FeatureMap(data.spec, config.features, fitted_for(config, data))
+    pairs = pairs_of_batches(config, data, features, 5, 0, 1, device=DEVICE)
+    for ours, theirs in itertools.islice(pairs, 4):
+        assert_same(ours, theirs)
 
 
 def test_histories_of_an_evaluation_with_frozen_features(dataset: Path) -> None:
@@ -182,7 +216,7 @@ def test_a_job_takes_the_same_steps_and_waits_no_more(dataset: Path, tmp_path: P
     settings = {
         **HISTORY_KEYS,
         **operations,
-        **{"features.search.refresh_steps": REFRESH, "train.log_every": 3, "data.workers": 0, "train.epochs": 4},
+        **{"features.search.refresh_steps": REFRESH, "train.log_every": 3, "data.workers": 0, "train.epochs": 3},
         **{"data.eval_from": "2024-03-05", "data.frozen": "true"},
     }
     runs, reports = {}, {}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modules.search import tensor_search
 from modules.search.tensor_search import DevicePart
+from trainer.config.features import FeatureConfig
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.text_table import size_text
@@ -166,8 +167,12 @@ def open_device_histories(
             logger.info(f"histories are searched by the loader: {what} of {size_text(free)} that are free on the GPU")
             return None
     logger.info(f"histories are searched on {world.device}: {what}")
-    lengths = {name: history.length for name, history in config.features.history.items() if history.search == "top"}
-    return DeviceHistories(features, places, space, lengths, world.device)
+    return DeviceHistories(features, places, space, searched_lengths(config.features), world.device)
+
+
+def searched_lengths(config: FeatureConfig) -> dict[str, int]:
+    """Return history that searches by dot product -> largest number of entries."""
+    return {name: history.length for name, history in config.history.items() if history.search == "top"}
 
 
 def entry_bytes(features: FeatureMap) -> int:

@@ -51,6 +51,14 @@ def test_the_device_gives_the_rows_of_the_cpu_map_to_ids() -> None:
     assert [policy["values_that_differ"] for policy in found.values()] == [0, 0, 0]
 
 
+@pytest.mark.slow
+def test_the_device_finds_the_entries_of_the_loaders_searches() -> None:
+    found: dict[str, Any] = {}
+    for part in gpu_steps.device_searches(small=True):
+        found |= part
+    assert found["visits"] > 1000 and found["batches"] == 4 and found["ids_that_differ"] == 0
+
+
 def test_attention_of_packed_samples_is_the_same_by_a_dense_mask_and_by_blocks() -> None:
     found: dict[str, Any] = {}
     for part in gpu_steps.packed_attention(small=True):
@@ -68,13 +76,15 @@ def test_a_step_that_needs_a_gpu_says_so(name: str, in_this_process: None, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["process_group", "zero", "compile", "language_model", "job", "dynamic_job"])
+@pytest.mark.parametrize(
+    "name", ["process_group", "zero", "compile", "language_model", "job", "dynamic_job", "searched_job"]
+)
 def test_a_step_in_a_process_of_its_own(name: str, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     gpu.main(["--small", f"--out={out}", "--steps", name])
     step = json.loads(out.read_text())["steps"][name]
     assert set(step) == {"seconds", "result"}
-    if name in ("job", "dynamic_job"):
+    if name in ("job", "dynamic_job", "searched_job"):
         # A GPU adds in another order, and gradients of one id in any order.
         tolerance = 1e-3 if torch.cuda.is_available() else 0
         assert step["result"]["largest_difference_to_cpu"] <= tolerance
