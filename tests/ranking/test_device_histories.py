@@ -30,7 +30,7 @@ from trainer.data.loading.batch import RankingBatch
 from trainer.data.loading.loader import Loader
 from trainer.data.simulator.write_dataset import simulate
 from trainer.ranking import device_histories
-from trainer.ranking.device_histories import _gap_bucket, check_device, open_device_histories
+from trainer.ranking.device_histories import _gap_bucket, _refuse_if_too_large, check_device, open_device_histories
 from trainer.ranking.setup import split_in_time
 
 REFRESH, BATCH = 3, 5
@@ -272,6 +272,22 @@ def test_jobs_that_need_the_entries_in_the_loader(dataset: Path, keys: dict[str,
     check_device(
         job(dataset, *overrides, *(f"features.history.{name}.search=latest" for name in ("long", "live_long")))
     )
+
+
+@pytest.mark.parametrize("own", [None, 100])
+def test_a_device_that_is_too_small_is_an_error_on_every_rank(own: int | None) -> None:
+    """The device of this rank has enough memory; that of another one has not, unless ``own`` is free on this one."""
+    told: list[str | None] = []
+
+    def first_problem(problem: str | None) -> str | None:
+        told.append(problem)
+        return problem or "on host-2 (rank 1): too small"
+
+    world: Any = SimpleNamespace(device=torch.device("cuda:0"), first_problem=first_problem)
+    with pytest.raises(UserError) as error:
+        _refuse_if_too_large("7 visits take 200 B", 200, own or 300, world)
+    assert told == [None] if own is None else told == [str(error.value)]
+    assert ("cuda:0 has 100 B free" if own else "host-2 (rank 1)") in str(error.value)
 
 
 @pytest.mark.parametrize("where", ["cpu", "auto"])

@@ -136,7 +136,7 @@ class DeviceHistories:
 def open_device_histories(
     config: JobConfig, features: FeatureMap, histories: Histories, space: SearchSpace | None, world: World
 ) -> DeviceHistories | None:
-    """Copy the histories of a rank to its device, if the job searches there; None if the loader searches.
+    """Copy the histories of a rank to its device, if the job searches there; None if the loader searches. Collective.
 
     Args:
         config: the job, which :func:`refusal` accepts.
@@ -159,15 +159,21 @@ def open_device_histories(
     what = f"{places.entries:,} visits and the search vectors take {size_text(needed)}"
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)
-        if where == "device" and needed > free:
-            raise UserError(
-                f'features.search.device = "device": {what}, and {world.device} has {size_text(free)} free; use "cpu"'
-            )
+        if where == "device":
+            _refuse_if_too_large(what, needed, free, world)
         if where == "auto" and needed > AUTO_SHARE * free:
             logger.info(f"histories are searched by the loader: {what} of {size_text(free)} that are free on the GPU")
             return None
     logger.info(f"histories are searched on {world.device}: {what}")
     return DeviceHistories(features, places, space, searched_lengths(config.features), world.device)
+
+
+def _refuse_if_too_large(what: str, needed: int, free: int, world: World) -> None:
+    """Raise a UserError on every rank if a device of any rank has too little memory. Collective."""
+    text = f'features.search.device = "device": {what}, and {world.device} has {size_text(free)} free; use "cpu"'
+    problem = world.first_problem(text if needed > free else None)
+    if problem:
+        raise UserError(problem)
 
 
 def searched_lengths(config: FeatureConfig) -> dict[str, int]:
