@@ -415,7 +415,8 @@ class DinBatch(NamedTuple):
             _matrix(weights, at, array.shape)[...] = array
         return DinBatch(
             _padded_rows(query),
-            keys.contiguous() if keys.dtype == torch.float32 or dim % LANES == 0 else keys.float(),
+            # The loops read one row after another; float() alone would keep the strides of a transposed matrix.
+            (keys if keys.dtype == torch.float32 or dim % LANES == 0 else keys.float()).contiguous(),
             _padded_rows(bias),
             torch.empty(len(keys)),
             starts,
@@ -500,7 +501,7 @@ class CompiledAttention(torch.autograd.Function):
         """Return the gradients of the arguments of ``forward``."""
         batch = DinBatch(*ctx.saved_tensors, *ctx.others)
         grad_query, grad_bias = torch.zeros_like(batch.query), torch.zeros_like(batch.bias)
-        grad_keys = torch.empty_like(batch.keys)
+        grad_keys = torch.empty(batch.keys.shape, dtype=batch.keys.dtype)
         grads = batch.run(
             backward_rows,
             grad_out=_padded_rows(grad_out),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from threading import Condition
 from typing import TypeVar
@@ -17,23 +18,49 @@ Memory = TypeVar("Memory")
 
 
 def each_part(work: Callable[[int, int], None], rows: int) -> None:
-    """Call ``work(begin, end)`` for parts of ``[0, rows)`` in parallel."""
+    """Call ``work(begin, end)`` for parts of ``[0, rows)`` in parallel.
+
+    When it returns or raises, no part runs any more: a part may write to memory that the caller then frees. After an
+    error of a part, or an interrupt of the caller, no further part begins.
+    """
     threads = min(torch.get_num_threads(), rows)
     if threads <= 1:
         work(0, rows)
         return
     # Histories differ in length, so there are several parts for each thread: a thread that is done takes the next one.
     edges = np.linspace(0, rows, min(rows, 8 * threads) + 1).astype(int).tolist()
-    parts = iter(list(itertools.pairwise(edges)))
+    parts = deque(itertools.pairwise(edges))
 
     def work_on_parts() -> None:
-        for begin, end in parts:
-            work(begin, end)
+        try:
+            while True:
+                try:
+                    begin, end = parts.popleft()
+                except IndexError:
+                    return
+                work(begin, end)
+        finally:
+            parts.clear()
 
-    others = [_threads(os.getpid(), threads - 1).submit(work_on_parts) for _ in range(threads - 1)]
-    work_on_parts()
+    others: list[Future[None]] = []
+    try:
+        for _ in range(threads - 1):
+            others.append(_threads(os.getpid(), threads - 1).submit(work_on_parts))
+        work_on_parts()
+    finally:
+        parts.clear()
+        _wait_for(others)
     for other in others:
         other.result()
+
+
+def _wait_for(others: Sequence[Future[None]]) -> None:
+    """Wait until all have ended. An interrupt, such as a second Ctrl-C, is raised after that."""
+    try:
+        wait(others)
+    except BaseException:
+        _wait_for(others)
+        raise
 
 
 def in_turns(
@@ -54,8 +81,8 @@ def in_turns(
 
     def work(_begin: int, _end: int) -> None:
         nonlocal added, failed
-        memory = make()
         try:
+            memory = make()
             for piece in numbers:
                 compute(piece, memory)
                 with turn:

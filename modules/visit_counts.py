@@ -9,10 +9,10 @@ Histories are runs of flat columns in order of the visits' ends, as for the sear
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from modules.search.search import each_part
+from modules.compiled import compiled
+from modules.threads import each_part
 
 UNIT = 1 << 20
 """Integer weight of a visit that counts as 1."""
@@ -50,18 +50,24 @@ def count_visits(
         column, candidate = known_ms, as_of_ms
     out = np.zeros((len(first), 1 + behaviours), np.int64)
     # One kind of argument is one compilation: stored columns are read-only, copies of them are not.
-    read = [array.view() for array in (first, stop, as_of_ms, known_ms, bits, column, candidate)]
-    for array in read:
-        array.flags.writeable = False
+    runs = _read_only(first), _read_only(stop), _read_only(as_of_ms)
+    columns = _read_only(known_ms), _read_only(bits), _read_only(column), _read_only(candidate)
 
     def part(begin: int, end: int) -> None:
-        _add_visits(begin, end, *read, matches, float(half_life_ms), out)
+        _add_visits(begin, end, *runs, *columns, matches, float(half_life_ms), out)
 
     each_part(part, len(first))
     return (out / UNIT).astype(np.float32)
 
 
-@numba.njit(nogil=True)
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """Return a view that cannot be written to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+@compiled(nogil=True)
 def _add_visits(
     begin: int,
     end: int,

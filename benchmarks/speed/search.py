@@ -36,6 +36,7 @@ from benchmarks.speed.shortlists import Clusters, HashCodes, Shortlist, top_of_s
 from modules.search import search as gsu
 from modules.search.cpu_kernels import fetch
 from modules.search.search import SearchPart, SearchVectors
+from modules.threads import each_part
 from trainer.console.text_table import text_table
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable
 
@@ -128,7 +129,7 @@ def _read_vectors(begin: int, end: int, items: np.ndarray, values: np.ndarray) -
 def read_vectors(batch: SearchBatch) -> None:
     """Fetch every vector that the searches need, and do nothing with it."""
     values = batch.vectors.values.view(np.uint16)
-    gsu.each_part(lambda begin, end: _read_vectors(begin, end, batch.items, values), len(batch.items))
+    each_part(lambda begin, end: _read_vectors(begin, end, batch.items, values), len(batch.items))
 
 
 def seconds_of(work: Callable[[], Any], threads: int) -> float:

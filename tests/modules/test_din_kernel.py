@@ -127,6 +127,24 @@ def test_random_shapes_equal_the_plain_attention(seed: int) -> None:
     assert_near(results, plain(inputs, lengths, upstream(results[0])), 2 * TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [20, 32])
+def test_matrices_in_any_order_of_memory_give_the_same_bits(dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(dim)
+    lengths = [3, 0, 9, 1]
+    inputs = make_inputs(lengths, dim, (20, 8), dtype)
+
+    def transposed(value: Tensor) -> Tensor:
+        return value.t().contiguous().t() if value.dim() == 2 else value
+
+    results = []
+    for values in (inputs, [transposed(value) for value in inputs]):
+        leaves = [value.detach().requires_grad_() for value in values]  # Unlike a clone, these keep their strides.
+        out = CompiledAttention.apply(*leaves[:6], torch.tensor(lengths), *leaves[6:])
+        results.append([out, *torch.autograd.grad(out, leaves, transposed(upstream(out)))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Restore the number of threads after a test."""

@@ -98,7 +98,7 @@ class InFlightBatch:
         """Start to sum the totals of the step over the ranks, and start the exchanges of the ids.
 
         Raises:
-            UserError: an id is outside its table.
+            UserError: an id is outside its table; some exchanges find it in :meth:`send`.
         """
         with self._clock.phase("tables"):
             if dist.get_world_size(self._control) > 1:
@@ -108,7 +108,11 @@ class InFlightBatch:
                     exchange.start()
 
     def send(self) -> None:
-        """Start to send the ids, as soon as the number of ids from every rank is known."""
+        """Start to send the ids, as soon as the number of ids from every rank is known.
+
+        Raises:
+            UserError: an id is outside its table; see :meth:`start`.
+        """
         with self._clock.phase("tables"), on_stream(self._stream):
             for exchange in self._exchanges:
                 exchange.send()

@@ -12,7 +12,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 
-from modules.search.search import each_part
+from modules.threads import each_part
 from trainer.runtime.unique import find_unique
 from trainer.sparse.row_loops import adagrad, add_rows, read_rows, rowwise_adagrad, sgd
 

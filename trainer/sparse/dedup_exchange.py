@@ -50,7 +50,7 @@ class DeduplicatedExchange:
         """Find the unique ids of every table and start the exchanges that carry them.
 
         Raises:
-            UserError: an id is outside its table.
+            UserError: an id is outside its table; :meth:`send` raises it if that of the exchanges does.
         """
         self._stream = torch.cuda.current_stream() if self._ids.values().is_cuda else None
         self._exchanges = self._make_exchanges(self._find_unique_ids())
@@ -58,7 +58,11 @@ class DeduplicatedExchange:
             exchange.start()
 
     def send(self) -> None:
-        """Start to send the unique ids."""
+        """Start to send the unique ids.
+
+        Raises:
+            UserError: an id is outside its table; see :meth:`start`.
+        """
         for exchange in self._exchanges:
             exchange.send()
 

@@ -131,8 +131,10 @@ class ShardedTables:
     def exchanges(self, ids: Sequence[KeyedJaggedTensor]) -> list[Exchange]:
         """Return the exchanges of a batch, to be started in this order on every rank.
 
-        Their ``start`` raises a UserError for an id outside its table on a CPU. On a GPU ``send`` raises it, which does
-        not wait for a check at ``start``.
+        A UserError for an id outside its table comes from ``start`` of a :class:`FlatExchange` in the form of a CPU. It
+        comes from ``send`` of one in the form of a device, and of a :class:`TorchRecExchange` on any device: ``start``
+        does not wait for their check. A :class:`DeduplicatedExchange` raises it where the exchange of its unique ids
+        does. For a dynamic table every id is valid.
 
         Args:
             ids: ids of this rank, one ``KeyedJaggedTensor`` for each collection.
