@@ -51,12 +51,13 @@ def test_the_host_waits_for_the_vectors_of_a_batch_alone(base: BaseModelFiles, p
     assert sorted(waits.calls) == sorted(["values of a step", "numpy in text_encoder.py:vectors"] * batches)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("seed", range(3))
 def test_ready_masks_give_the_states_of_raw_ones(
-    base: BaseModelFiles, seed: int, monkeypatch: pytest.MonkeyPatch
+    base: BaseModelFiles, seed: int, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, with and without padding."""
-    encoder = Encoder(base.load(bf16=False), base.tokenizer, CPU, length=32, tokens=64)
+    """Bit for bit, with and without padding; the states of a text do not depend on its neighbours either."""
+    encoder = Encoder(base.load(bf16=False, attention=attention), base.tokenizer, CPU, length=32, tokens=64)
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 20, (5,), generator=random).tolist()
     for widths in (lengths, [7] * 5, [1], [1, 3]):
@@ -67,3 +68,5 @@ def test_ready_masks_give_the_states_of_raw_ones(
             raw, _ = encoder.states(ids)
         for row, one in enumerate(ids):
             assert torch.equal(ready[row, : len(one)], raw[row, : len(one)])
+            alone, _ = encoder.states([one])
+            torch.testing.assert_close(ready[row, : len(one)], alone[0, : len(one)], rtol=1e-4, atol=1e-4)
