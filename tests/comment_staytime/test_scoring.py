@@ -98,7 +98,7 @@ def test_a_dataset_that_has_grown_gives_the_same(world: Path, run: Path, tmp_pat
     noon = np.sort(visits.column("request_ms").to_numpy())[int(0.9 * len(visits))]
     pq.write_table(visits.filter(pa.array(visits.column("request_ms").to_numpy() < noon)), file)
     record_checksums(short, lambda done, total: None)
-    old = train(short, tmp_path / "run", "base.loss=wlr")
+    old = train(short, tmp_path / "run", "base.loss=wlr", "input.past_watch=20")
     out = tmp_path / "out.parquet"
     assert main(["score", str(old), str(out), "--data", str(world)]) == 0
     later, first = (predicted(file) for file in (out, old / "predictions.parquet"))

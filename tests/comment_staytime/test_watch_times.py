@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.paths import ROOT
+from trainer.comment_staytime import watch_times
 from trainer.comment_staytime.evaluation import fitted_values, train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
 from trainer.comment_staytime.model import build_network, fit_base_on, joint_loss, make_batch, predict, train
@@ -118,6 +119,30 @@ def test_nothing_known_at_or_after_a_request_is_looked_at(seed: int) -> None:
         after, asked = log.features(other), log.request <= moment
         np.testing.assert_array_equal(before[asked], after[asked])
         assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_later_visits_of_other_users_change_no_bit(seed: int) -> None:
+    """Watch times of the later visits are so long that a running total in float64 loses digits of the others."""
+    short, long, random = Log(seed), Log(seed, visits=300), np.random.default_rng(seed)
+    for log, count in ((short, 150), (long, 300)):
+        log.until, log.training = 300, np.arange(100)
+        log.user, log.request, log.duration = 2 * np.arange(count) % 8, 7 * np.arange(count), np.full(count, 30.0)
+        log.author, log.tag = np.arange(count) % 3, np.arange(count) % 5
+    seconds = np.concatenate([1e-5 * random.random(150), 1e300 * random.random(150)])
+    # One user sorts before the others, one behind, and two between them.
+    long.user[150:] = random.choice([-1, 1, 3, 9], 150)
+    for log, count in ((short, 150), (long, 300)):
+        log.watch = WatchTimes(seconds[:count], log.request + 1, np.ones(count, bool))
+    np.testing.assert_array_equal(long.features()[:150], short.features())
+
+
+def test_the_total_over_all_users_may_wrap_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log(1)
+    expected, unit = log.features(), 1 << 55
+    assert unit * np.log1p(log.watch.seconds).sum() > 2**63
+    monkeypatch.setattr(watch_times, "UNIT", unit)
+    np.testing.assert_allclose(log.features(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

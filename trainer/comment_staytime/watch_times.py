@@ -36,6 +36,12 @@ PAST_WATCH_FEATURES = (
 watched share of the video, ``past_watch_visits`` the logarithm of one plus their number, and ``last_watch`` the latest
 one. ``author_`` and ``tag_`` are the same over the user's latest visits to videos of this author and of this tag."""
 
+UNIT = 1 << 32
+"""Integer that stands for 1 in sums over visits.
+
+Integers are added without rounding, so a sum depends on its own visits only. A multiple of 2^-32 is closer to a value
+than float32 is, if the value is above 0.002. Sums of 2^26 visits fit, as long as no logarithm of seconds reaches 32."""
+
 MOST_LOOPS = 3.0
 """Largest watched share of a video: a video that is looped for minutes says no more than three loops do."""
 
@@ -163,22 +169,26 @@ def past_watch_features(
     share = np.minimum(watch.seconds / np.where(duration > 0, duration, 1), MOST_LOOPS)
     ended = np.flatnonzero(watch.known)
     values = np.stack([np.ones(len(user)), watch.log_seconds, duration > 0, np.where(duration > 0, share, 0)], 1)
+    units = np.rint(values * UNIT).astype(np.int64)
     fitted = values[_fitted(watch, training, until_ms)]
     prior = fitted[:, 1].mean()
     prior_share = fitted[:, 3].sum() / max(fitted[:, 2].sum(), 1)
 
-    def sums(groups: tuple[np.ndarray, ...], most: int, there: np.ndarray | None = None) -> np.ndarray:
+    def sums(groups: tuple[np.ndarray, ...], there: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         order, first, stop = earlier_events(groups, ended, watch.known_ms[ended], request_ms)
-        total = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(values[ended[order]], 0)])
-        of_visit: np.ndarray = total[stop] - total[np.maximum(first, stop - most)]
-        return of_visit if there is None else of_visit * there[:, None]
+        # The total over all users may wrap around; the difference of two totals is exact all the same.
+        total = np.concatenate([np.zeros((1, units.shape[1]), np.int64), np.cumsum(units[ended[order]], 0)])
+        of_visit: np.ndarray = (total[stop] - total[np.maximum(first, stop - last)]) / UNIT
+        latest = np.full(len(user), prior)
+        latest[stop > first] = watch.log_seconds[ended[order[stop[stop > first] - 1]]]
+        return of_visit if there is None else of_visit * there[:, None], latest
 
-    count, logs, shared, shares = sums((user,), last).T
+    of_user, latest = sums((user,))
+    count, logs, shared, shares = of_user.T
     mean = (logs + prior) / (count + 1)
-    one, latest = sums((user,), 1).T[:2]
-    columns = [mean, (shares + prior_share) / (shared + 1), np.log1p(count), np.where(one > 0, latest, prior)]
+    columns = [mean, (shares + prior_share) / (shared + 1), np.log1p(count), latest]
     for group in (author, tag):
-        count, logs = sums((user, group), last, group >= 0).T[:2]
+        count, logs = sums((user, group), group >= 0)[0].T[:2]
         columns += [(logs + mean) / (count + 1), np.log1p(count)]
     return np.stack(columns, 1).astype(np.float32)
 
