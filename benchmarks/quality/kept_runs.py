@@ -20,6 +20,7 @@ from benchmarks.measure import slug
 from benchmarks.quality.larm_report import Scores
 from benchmarks.quality.ranker_runs import trained_ranker
 from trainer.config.ranker import JobConfig
+from trainer.config.staytime import StaytimeConfig
 from trainer.data.format.dataset import fingerprint
 from trainer.data.format.schema import DatasetSpec
 from trainer.runtime.distributed import World
@@ -59,7 +60,7 @@ class KeptRun:
     seconds: float
 
 
-def key_of(*jobs: JobConfig, more: str = "") -> str:
+def key_of(*jobs: JobConfig | StaytimeConfig, more: str = "") -> str:
     """Return a hash of all settings of the jobs that make one training, and of the dataset that they read.
 
     Args:

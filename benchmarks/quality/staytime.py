@@ -14,14 +14,14 @@ A text's embedding is a sum of random vectors of its words. ``--embeddings NAME=
 ``limelight embed`` made (``DIRECTORY/items`` and ``DIRECTORY/comments``), such as those of the tuned and of the untuned
 model, or of four prompt templates.
 
-A finished cell is kept in ``--work``; the same command continues with the others, and ``--minutes`` ends it early.
+A finished cell is kept in ``--work`` as long as its job and its data are the same; the same command continues with the
+others, and ``--minutes`` ends it early.
 Every difference is between cells of one seed, with Student's t over the seeds of the training, in one world.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 import zlib
@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import make_parser, write_result
+from benchmarks.quality.kept_runs import key_of
 from benchmarks.quality.staytime_report import print_tables, summarise, write_pictures
 from trainer.comment_staytime.evaluation import train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
@@ -48,12 +49,25 @@ from trainer.config.staytime import (
     WatchConfig,
 )
 from trainer.console.outputs import local_argument
-from trainer.data.format.content_vectors import ContentVectors
+from trainer.data.format.content_vectors import ContentVectors, read_manifest
+from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
 from trainer.runtime.files import write_json
 
 JOB = "configs/staytime.toml"
+PARTS = (
+    "bases",
+    "ablations",
+    "embeddings",
+    "corrections",
+    "comments",
+    "days",
+    "grid",
+    "backbones",
+    "training",
+    "kuairand",
+)
 LOSSES = ("vr", "wlr", "d2q", "ndt", "pcr", "tpm")
 BACKBONES = ("dcn", "deepfm", "autoint", "mlp")
 LAMBDA1 = (0.0, 0.01, 0.1, 1.0)
@@ -80,6 +94,7 @@ WORLD_SETTINGS = (
 )
 KUAIRAND_SETTINGS = ("data.eval_from=2022-05-04", "lcu.enabled=false", "train.epochs=2", "train.learning_rate=2e-3")
 BASE_ALONE = ("lcu.enabled=false",)
+NO_CELLS = "no cell to run: these parts need --kuairand or --embeddings, or --seeds is below 1"
 NO_KUAIRAND = "not run: --kuairand names no dataset (limelight data import kuairand makes one)"
 
 
@@ -200,9 +215,8 @@ def run_cells(
     results = []
     for number, cell in enumerate(cells, 1):
         config = cell.config(paths["kuairand" if cell.on_kuairand else "world"], options.overrides)
-        # The file is named by the job, so a cell of several parts is trained once.
-        digest = hashlib.blake2b(config.model_dump_json().encode(), digest_size=8).hexdigest()
-        file = folder / f"{digest}.json"
+        # The file is named by the job and its data, so a cell of several parts is trained once.
+        file = folder / f"{key_of(config, more=_more_data(config))}.json"
         if not file.exists() and time.monotonic() < deadline:
             started = time.monotonic()
             write_json(file, run_cell(config))
@@ -215,14 +229,26 @@ def run_cells(
     return results
 
 
-def prepare(options: argparse.Namespace) -> tuple[dict[str, Path], Path]:
-    """Return the datasets and the tables of word vectors; make in ``options.work`` what is missing."""
-    world, words = options.work / f"world-{options.users}", options.work / f"words-{options.users}"
-    if not world.exists():
-        simulate(world, options.users, DAYS, 2, 1, texts=True)
+def _more_data(config: StaytimeConfig) -> str:
+    """Return a text that changes with any file that a cell reads beside the rows of its dataset."""
+    tables = (config.lcu.item_embeddings, config.lcu.comment_embeddings) if config.lcu.enabled else ()
+    hashes = [read_manifest(Path(table)).get("hash") for table in tables if table]
+    return json.dumps([DatasetFiles(config.data.path).checksums, hashes])
+
+
+def data_paths(options: argparse.Namespace) -> tuple[dict[str, Path], Path]:
+    """Return the paths of the datasets, and that of the tables of word vectors."""
+    world = options.work / f"world-{options.users}"
+    return {"world": world, "kuairand": options.kuairand or world}, options.work / f"words-{options.users}"
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Make the simulated world and its tables of word vectors, if they are missing."""
+    paths, words = data_paths(options)
+    if not paths["world"].exists():
+        simulate(paths["world"], options.users, DAYS, 2, 1, texts=True)
     if not words.exists():
-        word_tables(world, words)
-    return {"world": world, "kuairand": options.kuairand or world}, words
+        word_tables(paths["world"], words)
 
 
 def named_directory(text: str) -> tuple[str, Path]:
@@ -247,19 +273,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="NAME=DIRECTORY",
         help="tables of `limelight embed`",
     )
-    parser.add_argument("--parts", nargs="*", metavar="PART", help="parts to run (default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="parts to run (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of a cell (default: %(default)s)")
     parser.add_argument("--grid-seeds", type=int, default=5, help="seeds of a cell of the grid (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="start no cell after this time (default: no limit)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    paths, words = prepare(options)
+    paths, words = data_paths(options)
     cells = [*world_cells(options, words), *(kuairand_cells(options.seeds) if options.kuairand else ())]
     # Seed by seed: a run that is ended early has fewer seeds of everything, and cells of a seed share their data.
     cells = sorted(
         (cell for cell in cells if not options.parts or cell.part in options.parts), key=lambda cell: cell.seed
     )
+    if not cells:
+        parser.error(NO_CELLS)
+    prepare(options)
     results = run_cells(cells, paths, options)
     summary = summarise(results)
     print_tables(summary)

@@ -11,9 +11,9 @@ KuaiRand, whose stays and watch times are real. The dataset's own features of th
 feature tells it. D2Q and PCR have the duration in their loss besides.
 
 ``--parts tuning`` compares numbers of earlier visits and weights of the joint task on the last day before the held-out
-ones; the settings of the other parts were chosen there. Cells, ``--work`` and ``--minutes`` are as in
-``benchmarks.quality.staytime``; a difference is between cells of one seed, with Student's t over the seeds of the
-training.
+ones, with WLR; the settings of the other parts were chosen there, for all bases. Cells, ``--work`` and ``--minutes``
+are as in ``benchmarks.quality.staytime``; a difference is between cells of one seed, with Student's t over the seeds of
+the training.
 """
 
 from __future__ import annotations
@@ -27,11 +27,22 @@ from typing import Any
 import torch
 
 from benchmarks.measure import make_parser, mean_and_half_width, write_result
-from benchmarks.quality.staytime import BASE_ALONE, DAYS, LOSSES, NO_KUAIRAND, StaytimeCell, prepare, run_cells
+from benchmarks.quality.staytime import (
+    BASE_ALONE,
+    DAYS,
+    LOSSES,
+    NO_CELLS,
+    NO_KUAIRAND,
+    StaytimeCell,
+    data_paths,
+    prepare,
+    run_cells,
+)
 from benchmarks.quality.staytime_report import Summary, differences, means
 from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
 
+PARTS = ("tuning", "inputs", "LCU")
 PAST_VISITS, WEIGHT = 200, 0.1
 """Settings of all parts but ``tuning``."""
 
@@ -143,18 +154,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=local_argument, required=True, help="directory of data and finished cells")
     parser.add_argument("--users", type=int, default=250, help="users of the simulated world (default: %(default)s)")
     parser.add_argument("--kuairand", type=Path, help="imported KuaiRand; adds its parts")
-    parser.add_argument("--parts", nargs="*", metavar="PART", help="`tuning`, `inputs`, `LCU` (default: the last two)")
-    parser.add_argument("--losses", nargs="*", default=LOSSES, choices=LOSSES, metavar="BASE", help="bases to train")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[1:], help="(default: the last two)")
+    parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES, metavar="BASE", help="bases to train")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of a cell (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="start no cell after this time (default: no limit)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    paths, words = prepare(options)
-    parts = options.parts or ("inputs", "LCU")
+    paths, words = data_paths(options)
     cells = sorted(
-        (cell for cell in watch_cells(options, words) if cell.part.split()[0] in parts), key=lambda cell: cell.seed
+        (cell for cell in watch_cells(options, words) if cell.part.split()[0] in options.parts),
+        key=lambda cell: cell.seed,
     )
+    if not cells:
+        parser.error(NO_CELLS)
+    prepare(options)
     results = run_cells(cells, paths, options)
     summary = summarise_inputs(results)
     print_summary(summary)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import ttest_1samp
 
-from benchmarks.quality.staytime import main
+from benchmarks.quality import staytime, staytime_watch
+from benchmarks.quality.staytime import PARTS, StaytimeCell, kuairand_cells, main, run_cells, word_tables, world_cells
 from benchmarks.quality.staytime_report import METRICS, pareto, summarise
+from trainer.data.format.dataset_files import record_checksums
+from trainer.data.simulator.write_dataset import simulate
+from trainer.runtime.checksums import CHECKSUMS
 
 SMALL = ["train.epochs=1", "input.dim=4", "base.widths=[4]", "lcu.hidden=4", "data.eval_from=2024-03-10"]
 
@@ -36,6 +44,83 @@ def test_two_cells_and_again_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "seed 1" not in capsys.readouterr().out
     main([*command[: -len(SMALL)], *SMALL, "train.learning_rate=0.1", "--minutes", "1e-9"])
     assert "0 of 3" in capsys.readouterr().out  # other settings, other cells, and no time for them
+
+
+def test_a_kept_cell_is_of_the_data_that_are_there_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another dataset, other texts or another table at the same path: the cell is trained again."""
+    data, words = tmp_path / "data", tmp_path / "words"
+    trained: list[str] = []
+
+    def train(config: Any) -> dict[str, int]:
+        trained.append(config.data.path)
+        return {"training": len(trained)}
+
+    monkeypatch.setattr(staytime, "run_cell", train)
+    options = Namespace(work=tmp_path / "work", minutes=None, overrides=SMALL)
+
+    def trainings() -> list[int]:
+        cells = [
+            StaytimeCell("kuairand", "wlr", 1, ("base.loss=wlr",), None),
+            StaytimeCell("bases", "wlr with LCU", 1, ("base.loss=wlr",), words),
+        ]
+        found = run_cells(cells, {"kuairand": data, "world": data}, options)
+        return [result["metrics"]["training"] for result in found]
+
+    def dataset(seed: int) -> None:
+        shutil.rmtree(data, ignore_errors=True)
+        simulate(data, users=8, days=1, partitions=1, seed=seed, texts=True)
+
+    def fewer_visits() -> None:
+        file = data / "texts" / "visits.parquet"
+        pq.write_table(pq.read_table(file).slice(1), file)
+        (data / CHECKSUMS).unlink()
+        record_checksums(data, lambda done, total: None)
+
+    def other_table() -> None:
+        word_tables(data, words)
+
+    dataset(1)
+    word_tables(data, words)
+    changes: list[tuple[Callable[[], None], list[int]]] = [
+        (lambda: None, [1, 2]),
+        (lambda: None, [1, 2]),
+        (lambda: dataset(2), [3, 4]),
+        (fewer_visits, [5, 6]),
+        # Texts are read by the cell with LCU alone.
+        (other_table, [5, 7]),
+    ]
+    for change, expected in changes:
+        change()
+        assert trainings() == expected
+
+
+def test_parts_are_those_of_the_cells(tmp_path: Path) -> None:
+    options = Namespace(seeds=1, grid_seeds=1, embeddings=[("tuned", tmp_path)])
+    cells = [*world_cells(options, tmp_path), *kuairand_cells(1)]
+    assert list(dict.fromkeys(cell.part for cell in cells)) == list(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (staytime.main, ["--parts", "base"], "invalid choice: 'base'"),
+        (staytime.main, ["--parts", "kuairand"], "no cell to run: these parts need --kuairand"),
+        (staytime.main, ["--seeds", "0", "--grid-seeds", "0"], "no cell to run"),
+        (staytime_watch.main, ["--parts", "input"], "invalid choice: 'input'"),
+        (staytime_watch.main, ["--seeds", "0"], "no cell to run"),
+    ],
+)
+def test_a_command_without_cells_writes_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: Callable[[list[str]], None],
+    arguments: list[str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        command(["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json"), *arguments])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def results(values: dict[str, list[float]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.quality.staytime_report import METRICS
-from benchmarks.quality.staytime_watch import INPUTS, main, summarise_inputs
+from benchmarks.quality.staytime_watch import INPUTS, LOSSES, PARTS, main, summarise_inputs, watch_cells
 
 SMALL = ["train.epochs=1", "input.dim=4", "base.widths=[4]", "lcu.hidden=4", "data.eval_from=2024-03-10"]
 
@@ -46,6 +47,13 @@ def test_a_base_with_all_inputs_and_again_nothing(tmp_path: Path, capsys: pytest
     assert len({cell["all"]["rmse"][0] for cell in cells.values()}) == 6
     main([*command, *SMALL])
     assert "seed 1," not in capsys.readouterr().out
+
+
+def test_parts_are_those_of_the_cells(tmp_path: Path) -> None:
+    cells = list(watch_cells(Namespace(seeds=1, losses=LOSSES, kuairand=tmp_path), tmp_path))
+    assert {cell.part.split()[0] for cell in cells} == set(PARTS)
+    # The settings of all bases were chosen with one of them.
+    assert {cell.name.split()[0] for cell in cells if cell.part.startswith("tuning")} == {"wlr"}
 
 
 def test_differences_are_between_cells_of_one_seed() -> None:
