@@ -113,8 +113,11 @@ def check_large_pages() -> Check:
     if own == "never":
         fix = f"echo madvise | sudo tee {SETTINGS / 'enabled'}"
         return Check("large pages", "warn", "switched off: a CPU reads tables more slowly in small pages", fix)
-    of_shared = "has them too" if shared in ("always", "within_size", "advise", "force") else "has small ones"
-    message = f"tables on a CPU are in large pages ({own}); memory shared with loader processes {of_shared} ({shared})"
+    of_shared = "are too" if shared in ("always", "within_size", "advise", "force") else "are in small ones"
+    why = "no shmem_enabled" if shared is None else f"shmem_enabled: {shared}"
+    message = (
+        f"tables on a CPU are in large pages ({own}); search vectors that loader processes share {of_shared} ({why})"
+    )
     return Check("large pages", "ok", message)
 
 

@@ -227,9 +227,11 @@ def test_placement_names_the_cores_near_each_gpu(tmp_path: Path, monkeypatch: py
             "madvise",
             "never",
             "ok",
-            "tables on a CPU are in large pages (madvise); memory shared with loader processes has",
+            "tables on a CPU are in large pages (madvise); search vectors that loader processes share are in small "
+            "ones (shmem_enabled: never)",
         ),
-        ("always", "advise", "ok", "has them too (advise)"),
+        ("always", "advise", "ok", "share are too (shmem_enabled: advise)"),
+        ("madvise", None, "ok", "share are in small ones (no shmem_enabled)"),
         ("never", "never", "warn", "switched off"),
         (None, None, "ok", "this system has none"),
     ],

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.memory_flags import memory_flags
+from tests.memory_flags import kilobytes, memory_flags, own_memory
 from trainer.runtime import large_pages
-from trainer.runtime.large_pages import LARGE_PAGE, large_pages_setting, zero_in_large_pages
+from trainer.runtime.large_pages import (
+    LARGE_PAGE,
+    large_pages_setting,
+    without_copies_in_children,
+    zero_in_large_pages,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,11 +54,80 @@ def test_a_tensor_is_zero_in_pages_of_any_size(
         assert not taken
 
 
-@pytest.mark.skipif(large_pages_setting() not in ("always", "madvise"), reason="this system has no large pages")
+needs_large_pages = pytest.mark.skipif(
+    large_pages_setting() not in ("always", "madvise"), reason="this system has no large pages"
+)
+
+
+@needs_large_pages
 def test_the_kernel_is_asked_for_large_pages() -> None:
-    # Memory of its own: freed memory of another tensor may have been asked for large pages already.
-    memory = mmap.mmap(-1, 5 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    values = torch.frombuffer(memory, dtype=torch.float32)
+    # Freed memory of another tensor may have been asked for large pages already.
+    values = own_memory(5)
     assert "hg" not in memory_flags(values)
     assert zero_in_large_pages(values)
     assert "hg" in memory_flags(values)
+
+
+@contextmanager
+def forked() -> Iterator[int]:
+    """Fork a process that lives inside the ``with`` statement; yield its process id."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        yield child
+    finally:
+        os.close(writing)
+        os.close(reading)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_large_pages
+@pytest.mark.parametrize("left_out", [True, False])
+def test_memory_that_children_do_not_get_keeps_its_large_pages_and_is_not_doubled(left_out: bool) -> None:
+    values = own_memory(9)
+    zero_in_large_pages(values)
+    large = kilobytes(values, "AnonHugePages")
+    if not large:
+        pytest.skip("this system has no free large pages")
+    with without_copies_in_children() if left_out else nullcontext():
+        child = forked()
+        child.__enter__()
+    shared = kilobytes(values, "Shared_Dirty")
+    values.fill_(1)
+    found = kilobytes(values, "AnonHugePages")
+    child.__exit__(None, None, None)
+    assert (values == 1).all()
+    if left_out:
+        assert shared == 0 and found >= large
+    else:  # The fork alone makes all of it common. What a write then does to a large page differs between kernels.
+        assert shared >= large
+
+
+def test_memory_is_left_out_of_children_inside_the_block_only() -> None:
+    values = own_memory(5)
+    zero_in_large_pages(values)
+    with without_copies_in_children():
+        assert "dc" in memory_flags(values)
+    assert "dc" not in memory_flags(values)
+    with pytest.raises(RuntimeError, match="fork"), without_copies_in_children():
+        raise RuntimeError("the fork fails")
+    assert "dc" not in memory_flags(values)
+
+
+def test_memory_of_a_freed_tensor_is_copied_into_children() -> None:
+    memory = own_memory(5)
+    values = memory[:]
+    zero_in_large_pages(values)
+    del values
+    reused = memory[:]
+    reused.fill_(7)
+    with without_copies_in_children():
+        assert "dc" not in memory_flags(reused)
+        child = os.fork()
+        if not child:
+            os._exit(int(reused[len(reused) // 2]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -1,5 +1,6 @@
 """Sharded tables in one process; tests/distributed/test_engine.py tests them on several ranks."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,10 +13,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Dynamic, Lookup, Table, initial_rows
 from tests.device_waits import HOST_ONLY, Waits
-from tests.memory_flags import memory_flags
+from tests.memory_flags import kilobytes, memory_flags
 from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
-from trainer.runtime.large_pages import large_pages_setting
+from trainer.runtime.large_pages import large_pages_setting, without_copies_in_children
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse import flat_exchange
 from trainer.sparse.device_ids import DeviceIds
@@ -84,6 +85,39 @@ def test_tables_and_states_are_in_large_pages(world: World) -> None:
     assert not states[0].any()
     assert "hg" in memory_flags(shard)
     assert "hg" in memory_flags(states[0])
+
+
+def test_loader_processes_get_no_tables_and_no_states(world: World) -> None:
+    sharded = make(world, TableOptimizer("adagrad", 0.5), [Table("user", 140_000, 16)])
+    ((shard, states),) = [(values, states) for _, values, states in sharded._held().values()]
+    memories = [shard, *states]
+    assert len(memories) == 2
+    large = [kilobytes(values, "AnonHugePages") for values in memories]
+    with without_copies_in_children():
+        assert all("dc" in memory_flags(values) for values in memories)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+    assert not any("dc" in memory_flags(values) for values in memories)
+    before = shard.clone()
+    rows = torch.arange(0, 140_000, 7)
+    keyed = KeyedJaggedTensor(keys=["user"], values=rows, lengths=torch.ones_like(rows, dtype=torch.int32))
+    (exchange,) = sharded.exchanges([keyed])
+    exchange.start()
+    exchange.send()
+    exchange.rows()
+    exchange.update({"user": [torch.ones(len(rows), 16)]}, 1.0)
+    found = [kilobytes(values, "AnonHugePages") for values in memories]
+    os.close(writing)
+    os.close(reading)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (shard[rows] != before[rows]).all()
+    if not all(large):
+        pytest.skip("this system has no large pages, or none that are free")
+    assert all(now >= before for now, before in zip(found, large, strict=True))
 
 
 @pytest.mark.parametrize("path", ["cpu", "torchrec"])

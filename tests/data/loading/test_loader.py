@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.memory_flags import kilobytes, memory_flags, own_memory
 from trainer.config.features import FeatureConfig, HistoryConfig
 from trainer.console.errors import UserError
 from trainer.data.features.feature_map import FeatureMap
@@ -32,6 +33,7 @@ from trainer.data.format.time_selection import Selection
 from trainer.data.loading import loader
 from trainer.data.loading.batch import RankingBatch, ReadPosition, unpack
 from trainer.data.loading.loader import FETCHED_AHEAD, Loader
+from trainer.runtime.large_pages import zero_in_large_pages
 
 HOUR_MS = 3_600_000
 CONFIG = FeatureConfig(
@@ -82,6 +84,21 @@ def test_any_number_of_workers_makes_the_same_batches(write_dataset, workers):
     alone = [content(batch) for batch in ranks.loader(epochs=2)]
     assert len(alone) == 30
     assert [content(batch) for batch in ranks.loader(epochs=2, workers=workers)] == alone
+
+
+def test_tables_keep_their_large_pages_beside_workers(write_dataset):
+    ranks = Ranks(write_dataset(rows=700))
+    alone = [content(batch) for batch in ranks.loader()]
+    table = own_memory(9)
+    zero_in_large_pages(table)
+    if not (large := kilobytes(table, "AnonHugePages")):
+        pytest.skip("this system has no large pages, or none that are free")
+    batches = iter(ranks.loader(workers=1))
+    first = next(batches)
+    assert kilobytes(table, "Shared_Dirty") == 0 and "dc" not in memory_flags(table)
+    table.fill_(1)
+    assert kilobytes(table, "AnonHugePages") >= large
+    assert [content(first), *(content(batch) for batch in batches)] == alone
 
 
 def test_batches_hold_the_features_of_their_rows(write_dataset):

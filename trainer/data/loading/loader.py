@@ -41,6 +41,7 @@ from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch import RankingBatch, ReadPosition, unpack
 from trainer.data.loading.batch_plan import BlockSlice, ReadPlan, partitions_of_rank
 from trainer.data.loading.block_reader import BlockReader
+from trainer.runtime.large_pages import without_copies_in_children
 
 _PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl that requests a signal at the death of the parent, from sys/prctl.h."""
@@ -218,7 +219,12 @@ class Loader:
         """Yield the batches that the worker processes make; turn the death of a worker into a one-line error."""
         _check_locks(self._workers)
         before = multiprocessing.active_children()
-        with _signal_left_alone(signal.SIGCHLD), _signal_blocked(signal.SIGTERM), _garbage_collection_off():
+        with (
+            _signal_left_alone(signal.SIGCHLD),
+            _signal_blocked(signal.SIGTERM),
+            _garbage_collection_off(),
+            without_copies_in_children(),
+        ):
             packed = iter(made)
         workers = [child for child in multiprocessing.active_children() if child not in before]
         while True:
