@@ -24,7 +24,7 @@ from trainer.console.exit_status import end_on_sigterm
 from trainer.console.job_arguments import QUANTIZE_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
 from trainer.runtime.distributed import World, run_rank
-from trainer.runtime.tracking import record_scalars
+from trainer.runtime.tracking import record_results
 from trainer.semantic_ids import codebook_fit
 from trainer.semantic_ids.code_matching import KeptShares
 from trainer.semantic_ids.codebook_fit import FitData
@@ -93,8 +93,6 @@ def _fit_and_write(
         return
     if old is not None:
         report = {**(report or {}), "refresh": codebook_fit.refresh_document(old, data, kept)}
-    levels = enumerate((report or {}).get("levels", ()), 1)
-    record_scalars({name: value for level, found in levels for name, value in numbers(found, f"held_out/{level}")}, 0)
     write_version(
         local_path(config.codebook.directory),
         codebook,
@@ -104,6 +102,8 @@ def _fit_and_write(
         matched_from=old.name if old else "",
         report=report,
     )
+    levels = enumerate((report or {}).get("levels", ()), 1)
+    record_results({name: value for level, found in levels for name, value in numbers(found, f"held_out/{level}")}, 0)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def train_and_evaluate(job: RankerJob, kind: RankerKind, model_dir: Path) -> dic
     Returns:
         The content of its ``metrics.json``.
     """
-    with tracked_baseline(job.config, model_dir, job.world.rank):
+    baseline = "" if kind == job.config.model.kind else kind
+    with tracked_baseline(job.config, model_dir, baseline, job.world.rank):
         model = prepare_model(job, kind, model_dir, make_publisher(job.config, model_dir))
         train_model(job, model)
         report, calibration = evaluate_model(job, model)

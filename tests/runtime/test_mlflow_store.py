@@ -14,6 +14,7 @@ import pytest
 
 from trainer.console.errors import UserError
 from trainer.runtime import mlflow_store
+from trainer.runtime.mlflow_names import StoreNames
 from trainer.runtime.mlflow_store import REASON, MlflowRun, MlflowTarget
 from trainer.runtime.scalars import open_scalars
 from trainer.runtime.tracking import tracked
@@ -25,6 +26,23 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow = pytest.importorskip("mlflow", reason="needs the package mlflow-skinny, of the extra mlflow")
     return mlflow.MlflowClient((tmp_path / "store").as_uri())
+
+
+NAMES = [
+    "",
+    "qa/",
+    "./x",
+    "a/../b",
+    "q" * 260,
+    "任" * 100,
+    "w" * 240 + "/" + "z" * 200,
+    "x",
+    "x/y",
+    "点击",
+    "评论",
+    "<>",
+    "><",
+]
 
 
 def target(tmp_path: Path, **settings: Any) -> MlflowTarget:
@@ -59,7 +77,7 @@ def test_a_run_has_settings_scalars_and_a_name(
         assert only_run(client).info.status == "RUNNING"
     run = only_run(client)
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
-    assert run.data.metrics == {"progressive_auc/click": 1.0, "loss___": 4.0}
+    assert run.data.metrics == {"progressive_auc/click": 1.0, StoreNames().of("loss<é>"): 4.0}
     assert run.data.params["data.key 119"] == "119" and len(run.data.params) == 121
     assert run.data.tags["limelight.directory"] == str(directory)
     history = client.get_metric_history(run.info.run_id, "progressive_auc/click")
@@ -85,9 +103,65 @@ def test_a_job_that_is_continued_continues_its_run(tmp_path: Path, client: Any) 
     assert only_run(client).info.run_id != found.info.run_id
 
 
+def test_every_name_is_accepted_and_none_is_another(tmp_path: Path, client: Any) -> None:
+    settings = {f"train.weights.{name}": value for value, name in enumerate(NAMES)}
+    for start in range(2):
+        run = MlflowRun(model_dir(tmp_path), target(tmp_path, **settings))
+        for value, name in enumerate(NAMES):
+            run.add_scalar(f"evaluation/{name}", float(value), start)
+        run.end("finished")
+    data = only_run(client).data
+    assert sorted(data.metrics.values()) == list(range(len(NAMES))), (
+        "a start after the first one finds its curves again"
+    )
+    assert sorted(map(int, data.params.values())) == list(range(len(NAMES)))
+    assert data.metrics["evaluation/点击"] == NAMES.index("点击") and "train.weights.评论" in data.params
+
+
+def test_a_damaged_store_is_one_line(tmp_path: Path, client: Any, caplog: pytest.LogCaptureFixture) -> None:
+    MlflowRun(model_dir(tmp_path), target(tmp_path)).end("finished")
+    info = only_run(client).info
+    experiment = tmp_path / "store" / info.experiment_id / "meta.yaml"
+    for file in (experiment, tmp_path / "store" / info.experiment_id / info.run_id / "meta.yaml"):
+        whole = file.read_text()
+        for content in ("", "{: [", "\0", "- 1\n"):
+            file.write_text(content)
+            caplog.clear()
+            for other in (False, True):
+                # A new run looks at each experiment.
+                place = model_dir(tmp_path) if not other else tmp_path / "other"
+                try:
+                    MlflowRun(place, replace(target(tmp_path), experiment="other" if other else "small"))
+                except UserError as error:
+                    assert "damaged or cannot be written" in str(error) and "\n" not in str(error)
+            assert all(record.exc_info is None for record in caplog.records)
+        file.write_text(whole)
+        (tmp_path / "run" / "mlflow.json").write_text(
+            json.dumps({"store": str(tmp_path / "store"), "run_id": info.run_id})
+        )
+    experiment.write_text("- 1\n")
+    with pytest.raises(UserError, match="damaged or cannot be written"):
+        MlflowRun(tmp_path / "third", target(tmp_path))
+
+
+def test_a_run_that_cannot_be_opened_is_not_made_twice(
+    tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(28, "no space left")
+
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(UserError, match="no space left"):
+            patched.setattr(type(client), "log_batch", refuse)
+            MlflowRun(model_dir(tmp_path), target(tmp_path, rate=0.5))
+        assert only_run(client).info.status == "FAILED"
+    MlflowRun(model_dir(tmp_path), target(tmp_path, rate=0.5)).close()
+    assert only_run(client).info.status == "RUNNING" and only_run(client).data.params == {"rate": "0.5"}
+
+
 def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path, client: Any) -> None:
     (tmp_path / "file").write_text("no directory")
-    with pytest.raises(UserError, match=r"run\.mlflow = '.*/file/store': cannot be written") as caught:
+    with pytest.raises(UserError, match=r"run\.mlflow = '.*/file/store': damaged or cannot be written") as caught:
         MlflowRun(model_dir(tmp_path), replace(target(tmp_path), store=str(tmp_path / "file/store")))
     assert "\n" not in str(caught.value)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from trainer.console.exit_status import Terminated
 from trainer.runtime.mlflow_keeper import mark_killed
 from trainer.runtime.mlflow_store import REASON, MlflowRun, MlflowTarget
 from trainer.runtime.preemption import Preempted
-from trainer.runtime.run_status import KILLED_REASON, record_failure, recorded_status
-from trainer.runtime.tracking import record_scalars, tracked, tracked_run
+from trainer.runtime.run_status import KILLED_REASON, read_status, record_failure, recorded_status
+from trainer.runtime.tracking import record_results, record_scalars, tracked, tracked_run
 
 TARGET = MlflowTarget("store", "small", "run", {})
 
@@ -56,13 +57,38 @@ def test_an_exception_is_the_end_of_each_open_run_but_of_one_with_metrics(
     assert tracked_run() is None
 
 
-def test_the_reason_is_that_of_the_rank_that_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+LOST = RuntimeError("[pair.cc:1] gloo/transport/tcp: Connection closed by peer [127.0.0.1]:1")
+
+
+@pytest.mark.parametrize("error", [LOST, Terminated(), Preempted()], ids=lambda value: type(value).__name__)
+def test_the_reason_is_that_of_the_rank_that_failed_first(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = RecordedRun.in_place_of_mlflow(monkeypatch)
-    lost = RuntimeError("[pair.cc:1] gloo/transport/tcp: Connection closed by peer [127.0.0.1]:1")
-    with pytest.raises(RuntimeError), recorded_status(tmp_path, "train", 0, 2), tracked(tmp_path, TARGET):
+    with pytest.raises(type(error)), recorded_status(tmp_path, "train", 0, 2), tracked(tmp_path, TARGET):
         (tmp_path / "failure.json").write_text(json.dumps({"rank": 1, "reason": "no space"}))
-        raise lost
-    assert runs[0].ends == [("failed", "rank 1: no space")]
+        raise error
+    status = read_status(tmp_path)
+    assert status is not None and runs[0].ends == [(status.state, status.reason)] == [("failed", "rank 1: no space")]
+
+
+def test_a_store_that_fails_after_the_results_are_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = RecordedRun.in_place_of_mlflow(monkeypatch)
+
+    def refuse(*words: str) -> None:
+        raise UserError("run.mlflow = 'store': no space")
+
+    with tracked(tmp_path, TARGET):
+        monkeypatch.setattr(runs[0], "flush", refuse)
+        monkeypatch.setattr(runs[0], "end", refuse)
+        record_results({"auc": 0.5}, 1)
+        with pytest.raises(UserError, match="no space"):
+            record_scalars({"loss": 1.0}, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "run.mlflow = 'store': no space; the files of the run itself are complete"
+    ] * 2
 
 
 def test_without_a_store_nothing_is_written(tmp_path: Path) -> None:
@@ -81,7 +107,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 JOB = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from trainer.runtime.mlflow_store import MlflowTarget
 from trainer.runtime.run_lock import locked
@@ -94,7 +120,12 @@ with locked(directory), recorded_status(directory, "train", 0, 1), tracked(direc
     record_scalars({"loss": 2.0}, 1)
     if act == "hang":
         record_failure("rank 0 hangs")
+    if act in ("fork", "raise") and not os.fork():
+        # Such as a loader process, which holds the pipe to the keeper open.
+        time.sleep(600)
     print("ready", flush=True)
+    if act == "raise":
+        raise ValueError("the loss is nan")
     if act != "end":
         time.sleep(600)
 """
@@ -105,7 +136,9 @@ def jobs() -> Iterator[list[subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
     yield started
     for process in started:
-        process.kill()
+        # With the processes that it has forked.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -117,7 +150,8 @@ def test_the_run_of_a_killed_job_does_not_stay_running_and_is_continued(
 
     def start(act: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", JOB, str(directory), str(tmp_path / "store"), act]
-        jobs.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE))
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        jobs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, start_new_session=True))
         assert jobs[-1].stdout is not None and jobs[-1].stdout.readline() == b"ready\n"
         return jobs[-1]
 
@@ -134,13 +168,15 @@ def test_the_run_of_a_killed_job_does_not_stay_running_and_is_continued(
             time.sleep(0.05)
         return info()
 
-    assert kill("wait") == ("KILLED", KILLED_REASON)
+    assert kill("fork") == ("KILLED", KILLED_REASON)
     first = json.loads((directory / "mlflow.json").read_text())
     assert kill("hang") == ("FAILED", "rank 0 hangs")
-    start("end").wait()
+    start("raise").wait(timeout=120)
+    assert info() == ("FAILED", "ValueError: the loss is nan")
+    start("end").wait(timeout=120)
     assert info() == ("FINISHED", None)
     assert json.loads((directory / "mlflow.json").read_text()) == first
-    assert len(client.get_metric_history(first["run_id"], "loss")) == 3
+    assert len(client.get_metric_history(first["run_id"], "loss")) == 4
 
 
 def test_a_killed_job_is_marked_by_what_its_directory_says(tmp_path: Path, client: Any) -> None:
@@ -162,3 +198,9 @@ def test_a_killed_job_is_marked_by_what_its_directory_says(tmp_path: Path, clien
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "metrics.json").write_text("{}")
     assert marked("done") == ("FINISHED", None)
+    with suppress(Terminated), recorded_status(directory, "embed", 0, 1):
+        raise Terminated
+    assert marked("stopped") == ("KILLED", "SIGTERM")
+    with recorded_status(directory, "embed", 0, 1):
+        pass
+    assert marked("finished") == ("FINISHED", None)

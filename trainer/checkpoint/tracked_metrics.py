@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from trainer.checkpoint.run_directory import BASELINES
 from trainer.config.diff import flat_settings
 from trainer.config.sections import TrackingConfig
 from trainer.runtime.files import write_json
 from trainer.runtime.mlflow_store import MlflowTarget
-from trainer.runtime.tracking import record_scalars, tracked
+from trainer.runtime.tracking import record_results, tracked
 
 _SECTIONS = {
     "behaviours": "held_out",
@@ -36,57 +35,58 @@ class TrackedJob(Protocol):
         ...
 
 
-def mlflow_target(config: TrackedJob, directory: Path) -> MlflowTarget | None:
+def mlflow_target(config: TrackedJob, directory: Path, baseline: str = "") -> MlflowTarget | None:
     """Return the place of a model in the file store of its job; None without one.
 
     Args:
         config: the job; its runs of one name are an experiment.
-        directory: of the model's files, which names its run: that of the job, or of a baseline.
+        directory: of the model's files, which names its run: that of the job, or of a baseline in it.
+        baseline: kind of the baseline; empty for the job's own model.
     """
     if not config.run.mlflow:
         return None
     assert isinstance(config, BaseModel)
     name, settings = directory.name, flat_settings(config.model_dump(mode="json"))
-    if directory.parent.name == BASELINES:
-        name, settings = f"{directory.parents[1].name}, {directory.name}", {**settings, "model.kind": directory.name}
+    if baseline:
+        name, settings = f"{directory.parents[1].name}, {baseline}", {**settings, "model.kind": baseline}
     return MlflowTarget(config.run.mlflow, config.run.name, name, settings)
 
 
 @contextmanager
-def tracked_baseline(config: TrackedJob, directory: Path, rank: int) -> Iterator[None]:
+def tracked_baseline(config: TrackedJob, directory: Path, baseline: str, rank: int) -> Iterator[None]:
     """Keep the run of a baseline in the file store of its job; the run's own model is tracked with the job.
 
     Args:
         config: the job.
         directory: of the model's files.
+        baseline: kind of the baseline; empty for the job's own model.
         rank: of this process.
 
     Raises:
         UserError: the file store cannot be written.
     """
-    alone = directory.parent.name == BASELINES and rank == 0
-    with tracked(directory, mlflow_target(config, directory) if alone else None):
+    with tracked(directory, mlflow_target(config, directory, baseline) if baseline and rank == 0 else None):
         yield
 
 
 def write_metrics(directory: Path, document: Mapping[str, Any], step: int) -> None:
-    """Write ``metrics.json`` of a model, after its metrics are in its tracked run, if it has one.
+    """Write ``metrics.json`` of a model, and its metrics to its tracked run, if it has one.
+
+    A store that cannot be written is a warning: the result of the model is in its file then.
 
     Args:
         directory: of the model's files.
         document: content of ``metrics.json``.
         step: number of optimizer steps.
-
-    Raises:
-        UserError: the file store cannot be written.
     """
+    write_json(directory / "metrics.json", document)
+    values: dict[str, float] = {}
     for section, first in _SECTIONS.items():
         found: Any = document
         for part in section.split("."):
             found = found.get(part) if isinstance(found, Mapping) else None
-        record_scalars(dict(numbers(found, first)), step)
-    # Last, since a run with a metrics.json counts as finished.
-    write_json(directory / "metrics.json", document)
+        values |= numbers(found, first)
+    record_results(values, step)
 
 
 def numbers(values: Any, name: str) -> Iterator[tuple[str, float]]:

@@ -9,12 +9,12 @@ Steps after the checkpoint are repeated then, and stand twice in the store.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import re
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from trainer.console.errors import UserError, one_line
 from trainer.console.setup_advice import MLFLOW
 from trainer.runtime.files import write_json
+from trainer.runtime.mlflow_names import StoreNames
 from trainer.runtime.run_status import FAILED, FINISHED, STOPPED
 from trainer.runtime.stored_files import read_json_object
 
@@ -44,7 +45,6 @@ _EVERY_SECONDS = 10.0
 
 _MOST_PARAMS = 100
 _LONGEST_TEXT = 500
-_REFUSED = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class MlflowRun:
         self._client = open_client(target.store)
         self._waiting: list[Any] = []
         self._flushed = time.monotonic()
-        self.run_id = _checked(self._store, lambda: self._continued(directory) or self._created(directory, target))
+        self.run_id = _checked(self._store, lambda: self._opened(directory, target))
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Keep a value for the next flush, a few seconds later at most; one that is not finite is left out.
@@ -94,7 +94,7 @@ class MlflowRun:
         from mlflow.entities import Metric
 
         if math.isfinite(value):
-            self._waiting.append(Metric(_REFUSED.sub("_", name), float(value), round(1000 * time.time()), step))
+            self._waiting.append(Metric(self._names.of(name), float(value), round(1000 * time.time()), step))
         if len(self._waiting) >= _AT_ONCE or time.monotonic() - self._flushed >= _EVERY_SECONDS:
             self.flush()
 
@@ -123,8 +123,31 @@ class MlflowRun:
         Raises:
             UserError: the store cannot be written.
         """
-        self.flush()
-        _checked(self._store, lambda: mark_ended(self._client, self.run_id, state, reason))
+        try:
+            self.flush()
+        finally:
+            _checked(self._store, lambda: mark_ended(self._client, self.run_id, state, reason))
+
+    def _opened(self, directory: Path, target: MlflowTarget) -> str:
+        """Return the id of the run that an earlier start has made, or of a new one, and write its settings."""
+        from mlflow.entities import Param, RunTag
+
+        run = self._continued(directory) or self._created(directory, target)
+        try:
+            stored = self._client.get_run(run).data
+            self._names = StoreNames(stored.metrics)
+            names = StoreNames(stored.params)
+            settings = {names.of(key): str(value)[:_LONGEST_TEXT] for key, value in target.settings.items()}
+            # The settings of a run that is continued are there; a store refuses to change a parameter.
+            params = [Param(key, value) for key, value in settings.items() if key not in stored.params]
+            for first in range(0, len(params), _MOST_PARAMS):
+                self._client.log_batch(run, params=params[first : first + _MOST_PARAMS])
+            self._client.log_batch(run, tags=[RunTag("limelight.directory", str(directory))])
+        except BaseException:
+            with suppress(Exception):
+                self._client.set_terminated(run, _STATES[FAILED])
+            raise
+        return run
 
     def _continued(self, directory: Path) -> str | None:
         """Return the id of the run that an earlier start has made; None if there is none in this store."""
@@ -148,16 +171,11 @@ class MlflowRun:
         return run
 
     def _created(self, directory: Path, target: MlflowTarget) -> str:
-        from mlflow.entities import Param, RunTag
-
         found = self._client.get_experiment_by_name(target.experiment)
         experiment = found.experiment_id if found else self._client.create_experiment(target.experiment)
-        run = str(self._client.create_run(experiment, run_name=target.name).info.run_id)
-        params = [Param(_REFUSED.sub("_", key), str(value)[:_LONGEST_TEXT]) for key, value in target.settings.items()]
-        for first in range(0, len(params), _MOST_PARAMS):
-            self._client.log_batch(run, params=params[first : first + _MOST_PARAMS])
-        self._client.log_batch(run, tags=[RunTag("limelight.directory", str(directory))])
         directory.mkdir(parents=True, exist_ok=True)
+        run = str(self._client.create_run(experiment, run_name=target.name).info.run_id)
+        # At once: the next start continues a run that could not be opened.
         write_json(directory / RUN_ID, {"store": target.store, "run_id": run})
         return run
 
@@ -190,9 +208,26 @@ def _checked(store: str, call: Callable[[], T]) -> T:
     Raises:
         UserError: the store cannot be written.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
-        return call()
-    except (OSError, MlflowException) as error:
-        raise UserError(f"run.mlflow = {store!r}: cannot be written ({one_line(error):.200})") from None
+        with _without_tracebacks():
+            return call()
+    except UserError:
+        raise
+    except Exception as error:
+        # A damaged file of the store gives errors of any kind: YAML's, and TypeError where a list is no mapping.
+        raise UserError(f"run.mlflow = {store!r}: damaged or cannot be written ({one_line(error):.200})") from None
+
+
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Let MLflow warn in one line, instead of with a traceback, of a damaged experiment that it passes over."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        record.exc_info = None
+        return True
+
+    logging.getLogger().addFilter(shorten)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(shorten)

@@ -174,14 +174,14 @@ def status_directory() -> Path | None:
 
 
 def status_of_end(error: BaseException) -> tuple[str, str]:
-    """Return the state and the reason of the job of this process, which an exception ends."""
-    state, reason, own = _end(error)
+    """Return the state and the reason of the job of this process, which an exception ends, as :func:`read_status`."""
     directory = status_directory()
-    if state == FAILED and not own and directory is not None:
-        # The rank that was lost has written why before it ended.
+    if directory is not None:
+        # The rank that failed has written why before it ended; this one may have lost it, or got SIGTERM after it.
         with suppress(OSError, UserError):
-            reason = _failure(directory) or reason
-    return state, reason
+            if failure := _failure(directory):
+                return FAILED, failure
+    return _end(error)[:2]
 
 
 def read_status(directory: Path) -> RunStatus | None:

@@ -9,6 +9,7 @@ for its end: ``trainer/runtime/mlflow_keeper.py``.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -19,6 +20,11 @@ from pathlib import Path
 from trainer.console.errors import UserError
 from trainer.runtime.mlflow_store import MlflowRun, MlflowTarget
 from trainer.runtime.run_status import FINISHED, status_directory, status_of_end
+
+logger = logging.getLogger(__name__)
+
+_DISMISS_SECONDS = 10.0
+"""Time that a keeper may take to end; the job does not wait longer."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,8 +40,11 @@ def tracked(directory: Path, target: MlflowTarget | None) -> Iterator[None]:
         directory: of the model's files; a run whose ``metrics.json`` is in it has finished, whatever comes after it.
         target: place of the model; None for no file store, and on every rank but the first.
 
+    A store that cannot be written at the end of a block that raises nothing is a warning: the results are there. The
+    process that waits for the end of the job tries it once more then.
+
     Raises:
-        UserError: MLflow is not installed, or the store cannot be written.
+        UserError: MLflow is not installed, or the store cannot be written at the start.
     """
     if target is None:
         yield
@@ -54,8 +63,9 @@ def tracked(directory: Path, target: MlflowTarget | None) -> Iterator[None]:
                 _dismiss(keeper)
         raise
     else:
-        run.end(FINISHED)
-        _dismiss(keeper)
+        with _only_warned():
+            run.end(FINISHED)
+            _dismiss(keeper)
     finally:
         _open.remove(run)
 
@@ -77,6 +87,24 @@ def record_scalars(values: Mapping[str, float], step: int) -> None:
         run.flush()
 
 
+def record_results(values: Mapping[str, float], step: int) -> None:
+    """Write scalars as :func:`record_scalars` does, after the job has written the same results to its own files.
+
+    They are not lost with the store, so a store that cannot be written is a warning.
+    """
+    with _only_warned():
+        record_scalars(values, step)
+
+
+@contextmanager
+def _only_warned() -> Iterator[None]:
+    """Turn the error of a store in the block into a warning."""
+    try:
+        yield
+    except UserError as error:
+        logger.warning(f"{error}; the files of the run itself are complete")
+
+
 def end_of_run(directory: Path, state: str, reason: str) -> tuple[str, str]:
     """Return state and reason of a model's run; a model with ``metrics.json`` has finished before its job ended."""
     return (FINISHED, "") if (directory / "metrics.json").exists() else (state, reason)
@@ -85,7 +113,7 @@ def end_of_run(directory: Path, state: str, reason: str) -> tuple[str, str]:
 def _start_keeper(directory: Path, target: MlflowTarget, run: MlflowRun) -> subprocess.Popen[bytes]:
     """Start the process that marks a run whose job is killed."""
     job = status_directory() or directory
-    arguments = [Path(target.store).absolute(), run.run_id, job.absolute(), directory.absolute()]
+    arguments = [Path(target.store).absolute(), run.run_id, job.absolute(), directory.absolute(), os.getpid()]
     path = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "trainer.runtime.mlflow_keeper", *map(str, arguments)],
@@ -100,5 +128,5 @@ def _start_keeper(directory: Path, target: MlflowTarget, run: MlflowRun) -> subp
 
 def _dismiss(keeper: subprocess.Popen[bytes]) -> None:
     """Tell a keeper that the end is written, and wait until it has gone."""
-    with suppress(OSError):
-        keeper.communicate(b"ended")
+    with suppress(OSError, subprocess.TimeoutExpired):
+        keeper.communicate(b"ended", timeout=_DISMISS_SECONDS)
