@@ -33,12 +33,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.kept_work import begin_work
 from benchmarks.measure import make_parser, mean_and_half_width, write_result
 from benchmarks.moment.freshness import label_delays, play
 from benchmarks.moment.metrics import excess_loss, quality
 from benchmarks.moment.plots import plot_reactions, plot_room
 from benchmarks.moment.reactions import AGES_S, by_age, response, room_jumps, times
-from benchmarks.moment.run import JOB, POLICIES, StreamPredictions, predict_stream, stream_job
+from benchmarks.moment.run import BASE, JOB, POLICIES, StreamPredictions, predict_stream, stream_job
 from benchmarks.moment.world import BEHAVIOURS, WorldExposures, WorldSize, levels, read_exposures, write_world
 from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
@@ -185,11 +186,17 @@ def live(options: argparse.Namespace, world: World) -> None:
     dataset = world_of(options.work, SIZE, 1)
     size = replace(SIZE, stream_s=round(60 * options.minutes))
     for policy in options.policies:
-        file = options.work / f"live-{policy}.json"
+        file = live_file(options, policy)
         if not file.exists():
             settings = (_NO_STATISTICS, *RATES[CHOSEN], "stream.speed=1.0")
             delays = play(stream_job(dataset, size, policy, 1, settings), world)
             write_json(file, {"minutes": options.minutes, **delays})
+
+
+def live_file(options: argparse.Namespace, policy: str) -> Path:
+    """Return the file of the delays of ``live`` under a policy, in so many minutes."""
+    work: Path = options.work
+    return work / f"live-{policy}-{options.minutes:g}.json"
 
 
 def judge(world: WorldExposures, found: StreamPredictions, seed: int) -> dict[str, Any]:
@@ -307,7 +314,7 @@ def report(options: argparse.Namespace, world: World) -> None:
     measured = summarise([follow(worlds[seed], worlds[seed].truth[:, 0], seed)["reaction"] for seed in seeds])
     dataset = world_of(options.work, SIZE, 1)
     delays = {policy: label_delays(stream_job(dataset, SIZE, policy, 1, ())) for policy in POLICIES}
-    lives = {policy: options.work / f"live-{policy}.json" for policy in POLICIES}
+    lives = {policy: live_file(options, policy) for policy in POLICIES}
     played = {policy: json.loads(file.read_text()) for policy, file in lives.items() if file.exists()}
     print(f"\nfrom a behaviour to the row with its label, seconds\n\n{delay_table(delays)}")
     print(f"\nfrom a behaviour to updated parameters, in real time, seconds\n\n{delay_table(played)}")
@@ -371,6 +378,10 @@ STAGES: dict[str, Callable[[argparse.Namespace, World], None]] = {
 }
 
 
+FREE = ("stages", "seeds", "variants", "policies", "at_most", "minutes")
+"""Options that are in the names of the kept files, or choose among them."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = make_parser("moment", __doc__)
@@ -380,11 +391,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="default: all")
     parser.add_argument("--at-most", type=int, default=1 << 30, metavar="N", help="train at most N models")
-    parser.add_argument("--minutes", type=float, default=10, help="minutes of `live` (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="minutes of `live`, and of its part in `report` (default: %(default)s)",
+    )
     options = parser.parse_args(argv)
     if unknown := [stage for stage in options.stages if stage not in STAGES]:
         parser.error(f"no stage {unknown[0]!r}; stages are {', '.join(STAGES)}")
-    options.work.mkdir(parents=True, exist_ok=True)
+    begin_work("moment", options, free=FREE, contents={BASE: BASE})
     with World.join("cpu") as world:
         for stage in options.stages or STAGES:
             STAGES[stage](options, world)

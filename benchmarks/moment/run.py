@@ -26,6 +26,7 @@ from trainer.ranking.training_stream import TrainingStream
 from trainer.runtime.distributed import World
 from trainer.stream.live.live_stream import PredictedOutcomes
 
+BASE = "configs/moment.toml"
 POLICIES = ("full", "fast_slow", "realtime", "realtime_naive")
 
 JOB = (
@@ -42,7 +43,7 @@ JOB = (
     "train.device=cpu",
     "checkpoint.every_minutes=0",
 )
-"""Changes to ``configs/moment.toml`` that all trainings share: a small network, and a step every 10 s of event time."""
+"""Changes to ``BASE`` that all trainings share: a small network, and a step every 10 s of event time."""
 
 
 def stream_job(dataset: Path, size: WorldSize, policy: str, seed: int, settings: Sequence[str]) -> JobConfig:
@@ -55,7 +56,7 @@ def stream_job(dataset: Path, size: WorldSize, policy: str, seed: int, settings:
         f"labels.policy={policy}",
         f"run.seed={seed}",
     )
-    return load_config("configs/moment.toml", [*JOB, *own, *settings])
+    return load_config(BASE, [*JOB, *own, *settings])
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.kept_work import begin_work
 from benchmarks.measure import make_parser, slug, write_result
 from benchmarks.quality.alignment_report import ALIGNED, GROUPS, NO_VIDEOS, NONE, draw, tables
 from benchmarks.quality.attainable_bound import world_of
@@ -206,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all rankers")
     options = parser.parse_args(argv)
     options.seeds = {TUNING: options.tuning_seeds, HELD_OUT: options.seeds}
+    begin_work("quality.alignment", options, free=("days", "worlds", "seeds", "tuning_seeds", "overrides"))
     torch.set_num_threads(1)
     with World.join("cpu") as world:
         train_missing(options, world)

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.kept_work import begin_work
 from benchmarks.measure import make_parser, write_result
 from benchmarks.quality.cross_report import (
     FULL,
@@ -158,9 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the models (default: 1 to 5)")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time (default: no limit)")
     options = parser.parse_args(argv)
+    begin_work("quality.cross", options, free=("variants", "seeds", "minutes"), contents={JOB: JOB})
     path = options.work / "world"
     if not path.exists():
-        options.work.mkdir(parents=True, exist_ok=True)
         simulate_cross(path, options.users, options.days, PARTITIONS, WORLD_SEED)
     run_missing(options, path)
     kept = sorted((options.work / "results").glob("*.json"))

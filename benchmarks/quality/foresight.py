@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.kept_work import begin_work
 from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.foresight_report import (
     ALL,
@@ -207,7 +208,7 @@ class ForesightWork:
 
     def scores(self, variant: str, seed: int) -> Scores | None:
         """Return the predictions of a ranker."""
-        file = self._folder / f"seed-{seed}" / f"ranker-{slug(variant)}.npz"
+        file = self._scores_file(variant, seed)
         if not file.exists():
             if self._options.finished:
                 return None
@@ -267,13 +268,20 @@ class ForesightWork:
             if not table.exists():
                 write_ceiling(self.world(), name, table, START_MS + self._options.borders[0] * DAY_MS)
             return table
-        forecasts = self._folder / "forecasts"
+        seed = self._options.seeds[0]
+        forecasts = self._folder / f"seed-{seed}" / "forecasts"
         if not forecasts.exists():
-            seed = self._options.seeds[0]
             best = next(name for name, setting in self.settings.items() if setting.every_day and setting.codes)
             self.predictor(best, seed)
             run_limelight("foresight", "forecast", self._run(best, seed), "--out", forecasts)
         return forecasts / name
+
+    def _scores_file(self, variant: str, seed: int) -> Path:
+        """Return the file of a ranker's predictions; with forecasts, it has the seed of their predictor in its name."""
+        name = f"ranker-{slug(variant)}"
+        if not {VECTOR, *CEILINGS}.issuperset(RANKERS[variant]):
+            name += f"-forecasts-{self._options.seeds[0]}"
+        return self._folder / f"seed-{seed}" / f"{name}.npz"
 
     def _ranker_job(self, variant: str, seed: int) -> JobConfig:
         world = self.world()
@@ -328,6 +336,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = make_settings(options.codes, options.noises, DEFAULT_NOISE)
     if unknown := set(options.settings or names) - set(names):
         parser.error(f"--settings: there is no {sorted(unknown)}; choose from {list(names)}")
+    jobs = {job: job for job in (QUANTIZE_JOB, PREDICTOR_JOB, RANKER_JOB)}
+    free = ("seeds", "ranker_seeds", "finished", "settings", "rankers")
+    begin_work("quality.foresight", options, free, jobs)
     torch.set_num_threads(1)
     scores: dict[str, list[Any]] = {variant: [] for variant in options.rankers}
     with World.join("cpu") as ranks:

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.kept_work import begin_work, content_of
 from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.attainable_bound import DRAWS as HIDDEN_DRAWS
 from benchmarks.quality.attainable_bound import kept_probabilities
@@ -122,6 +123,7 @@ class FullWork:
         self._options, self._ranks = options, world
         self._folder: Path = options.work
         self.dataset = self._folder / "data/full/world"
+        self._contents: dict[str, str] = {}
         self._eval_from = (FIRST_DAY + timedelta(days=options.days - 1)).isoformat()
 
     def make_tables(self) -> None:
@@ -145,12 +147,15 @@ class FullWork:
         return SystemRun(Scores.read(scores), **facts)
 
     def _key(self, name: str, seed: int) -> str:
-        """Return what identifies the training of a system: its jobs, the dataset, and the settings of the tables."""
+        """Return what identifies the training of a system: its jobs, the dataset, and the content of the tables."""
         # The stream continues the ranker of all other systems.
         names = (LAST_STORED, MOMENT) if name == MOMENT else (name,)
-        return key_of(
-            *(self.job(each, seed, stream=each == MOMENT) for each in names), more=" ".join(self._options.tables)
-        )
+        jobs = [self.job(each, seed, stream=each == MOMENT) for each in names]
+        tables = sorted({path for job in jobs for path in _paths_below(self._folder, job.model_dump(mode="json"))})
+        for path in tables:
+            if path != str(self.dataset) and path not in self._contents:
+                self._contents[path] = content_of(path)
+        return key_of(*jobs, more=" ".join(self._contents[path] for path in tables if path != str(self.dataset)))
 
     def job(self, name: str, seed: int, stream: bool) -> JobConfig:
         """Return the job of a system's ranker: the training on stored rows, or the stream of the last day."""
@@ -249,6 +254,14 @@ def _in_place(folder: Path, value: Any) -> Any:
     return in_place(folder, value) if isinstance(value, str) and value.startswith(PLACES) else value
 
 
+def _paths_below(folder: Path, value: Any) -> list[str]:
+    """Return the files and directories below a folder that settings name."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return [path for each in inner for path in _paths_below(folder, each)]
+    return [value] if isinstance(value, str) and value.startswith(f"{folder}/") and Path(value).exists() else []
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = make_parser("quality.full", __doc__)
@@ -266,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"--days: {options.days}; the tables take {FITTED_DAYS} days, and a day of training and one after it"
         )
+    begin_work("quality.full", options, free=("seeds", "finished", "overrides"), contents={FULL_JOB: FULL_JOB})
     torch.set_num_threads(1)
     seeds: list[dict[str, SystemRun]] = []
     with World.join("cpu") as world:

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.kept_work import begin_work
 from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.foresight import (
     DAYS,
@@ -393,6 +394,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if (options.dataset is None) != (options.scores is None):
         parser.error("--dataset and --scores belong together: a dataset, and the scores of its segments")
+    if options.scores is not None and not options.scores.exists():
+        parser.error(f"--scores: {options.scores}: no such file")
+    contents = {"--dataset": options.dataset, "--scores": options.scores}
+    contents |= {job: job for job in (QUANTIZE_JOB, PREDICTOR_JOB)}
+    begin_work("quality.highlights", options, free=("dataset", "scores", "seeds"), contents=contents)
     torch.set_num_threads(1)
     if options.scores is None:
         print("score: the intensity of a simulated world; no --scores of imported data are named", file=sys.stderr)

@@ -9,17 +9,18 @@ rank. It is compared with the untuned model, the majority and popularity baselin
 features of the same prompts, which knows the world's lists of words. ``calibrated`` are the model's probabilities after
 the correction of ``trainer/llm/finetuning/option_calibration.py``.
 
-A finished run is kept in ``--work``; the same command continues with the others, and none is started after
-``--minutes``. Intervals are Student's t over the seeds; the popularity baseline is the same for all of them.
-``errors`` are standard errors over the samples of the first seed.
+A finished run is kept in ``--work``, for its job and its samples; the same command continues with the others, and none
+is started after ``--minutes``. Intervals are Student's t over the seeds; the popularity baseline is the same for all of
+them. ``errors`` are standard errors over the samples of the first seed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,14 @@ import torch
 
 from benchmarks.measure import make_parser, mean_and_half_width, write_result
 from benchmarks.quality.instruction_word_baseline import accuracy_of_words
-from trainer.config.finetune import load_finetune
+from benchmarks.quality.kept_finetuning import finetune_once, finetuning_at, is_finished
+from trainer.config.finetune import FinetuneConfig
 from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
 from trainer.data.simulator.write_dataset import simulate
-from trainer.finetune import run_job
 from trainer.llm.finetuning.option_evaluation import CALIBRATED, CHANCE, MODELS
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.instructions.write import InstructionPlan, write_instructions
-from trainer.runtime.distributed import World
-from trainer.runtime.preemption import Preemption
 
 JOB = "configs/finetune_small.toml"
 USERS, DAYS = 3000, 10
@@ -52,8 +51,9 @@ BASELINES = ("majority", "popularity")
 
 
 def prepare(work: Path, users: int, plan: InstructionPlan) -> Path:
-    """Return the directory of the samples; make them if they are missing."""
-    world, samples = work / f"world-{users}", work / f"samples-{users}"
+    """Return the directory of the samples of a plan; make them if they are missing."""
+    digest = hashlib.blake2b(json.dumps(asdict(plan), sort_keys=True).encode(), digest_size=8)
+    world, samples = work / f"world-{users}", work / f"samples-{users}-{digest.hexdigest()}"
     if not world.exists():
         simulate(world, users, DAYS, 8, 1, texts=True)
     if not samples.exists():
@@ -61,16 +61,10 @@ def prepare(work: Path, users: int, plan: InstructionPlan) -> Path:
     return samples
 
 
-def run_seed(samples: Path, directory: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of a run; train it if it is missing or not finished."""
-    settings = [f"run.directory={directory}", f"run.seed={seed}", "train.device=cpu"]
-    settings += [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "tune", "evaluate", "general")]
-    if not (directory / "metrics.json").exists():
-        config = load_finetune(JOB, [*settings, *overrides])
-        with World.join("cpu") as world:
-            run_job(config, world, Preemption())
-    metrics: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
-    return metrics
+def job_of(work: Path, samples: Path, users: int, seed: int, overrides: Sequence[str]) -> FinetuneConfig:
+    """Return the job of a run, which is kept in ``work``."""
+    names = ("train", "tune", "evaluate", "general")
+    return finetuning_at(work / f"run-{users}-{seed}", JOB, samples, names, [f"run.seed={seed}", *overrides])
 
 
 def words(samples: Path) -> dict[str, float]:
@@ -194,10 +188,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     samples = prepare(options.work, options.users, replace(PLAN, evaluate_samples=options.evaluate_samples))
     deadline, runs, metrics = time.monotonic() + 60 * options.minutes, [], []
-    for seed in range(1, options.seeds + 1):
-        directory = options.work / f"run-{options.users}-{seed}"
-        if time.monotonic() < deadline or (directory / "metrics.json").exists():
-            metrics.append(run_seed(samples, directory, seed, options.overrides))
+    jobs = [
+        job_of(options.work, samples, options.users, seed, options.overrides) for seed in range(1, options.seeds + 1)
+    ]
+    for job in jobs:
+        if time.monotonic() < deadline or is_finished(job):
+            metrics.append(finetune_once(job))
             runs.append(metrics[-1]["evaluation"])
     summary = summarise(runs, words(samples))
     print(table(summary))
@@ -206,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "users": options.users,
         "days": DAYS,
         "seeds": len(runs),
-        "settings": learning(options.work / f"run-{options.users}-1"),
+        "settings": learning(Path(jobs[0].run.directory)),
         "steps": metrics[0]["training"]["steps"],
         "samples": metrics[0]["samples"],
         "tokens_per_second": [run["training"]["tokens_per_second"] for run in metrics],

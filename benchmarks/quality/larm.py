@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.kept_work import begin_work
 from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.larm_report import (
     IDS,
@@ -172,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.rankers = []
     elif IDS not in options.rankers:
         parser.error(f"--rankers: the differences are to {IDS!r}; name it, too")
+    jobs = {job: job for job in (JOB, ALIGN_JOB, QUANTIZE_JOB)}
+    begin_work("quality.larm", options, free=("seeds", "rankers", "retrieval_only"), contents=jobs)
     torch.set_num_threads(1)
     work = LarmWork(options)
     work.simulate()

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.kept_work import begin_work
 from benchmarks.measure import make_parser, run_limelight, write_result
 from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
@@ -212,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--neighbours", type=int, default=10, help="of each author (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the two towers")
     options = parser.parse_args(argv)
+    jobs = {job: job for job in (ALIGN_JOB, QUANTIZE_JOB)}
+    begin_work("quality.neighbours", options, free=("neighbours",), contents=jobs)
     torch.set_num_threads(1)
     result = measure(options.work, options)
     print(table_of(result["methods"]))

@@ -13,8 +13,8 @@ The vectors are those of ``limelight embed``: with its default template by both 
 tuned model begins its description. No room of a test is in the tuning or in the fit of a probe, and no day of the later
 test; the benchmark stops if one is.
 
-A finished run is kept in ``--work``; the same command continues with the others. Intervals are Student's t over the
-seeds.
+A finished run is kept in ``--work``, for its job and its samples; the same command continues with the others. Intervals
+are Student's t over the seeds.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.measure import make_parser, mean_and_half_width, write_result
+from benchmarks.quality.kept_finetuning import finetune_once, finetuning_at
 from modules.choices import TextPooling
-from trainer.config.finetune import load_finetune
+from trainer.config.finetune import FinetuneConfig
 from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
 from trainer.data.format.dataset_files import DatasetFiles
@@ -43,7 +44,6 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.text_schema import SEGMENTS_PER_ITEM, read_texts, segment_ids
 from trainer.data.simulator.config import DAY_MS, START_MS
 from trainer.data.simulator.write_dataset import simulate
-from trainer.finetune import run_job
 from trainer.llm.embedding.text_encoder import Encoder
 from trainer.llm.instructions.segment_tasks import SEGMENT_TASKS
 from trainer.llm.instructions.world_truth import WorldTruth
@@ -51,8 +51,6 @@ from trainer.llm.instructions.write_segments import SegmentPlan, write_segment_i
 from trainer.llm.models.adapter import load_adapter
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
-from trainer.runtime.distributed import World
-from trainer.runtime.preemption import Preemption
 
 JOB = "configs/finetune_small.toml"
 KINDS = ("items", "comments", "segments", "authors")
@@ -239,17 +237,10 @@ def check_apart(sets: Mapping[str, ProbeSegments], tuned: set[int], later: int) 
         raise ValueError("a day of later_day is in the fit of the probes")
 
 
-def run_seed(samples: Path, directory: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of a run; train it if it is missing or not finished."""
-    settings = [f"run.directory={directory}", f"run.seed={seed}", "train.device=cpu"]
-    settings += [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "evaluate")]
-    settings += ["data.general=[]", "data.general_share=0"]
-    if not (directory / "metrics.json").exists():
-        config = load_finetune(JOB, [*settings, *overrides])
-        with World.join("cpu") as world:
-            run_job(config, world, Preemption())
-    metrics: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
-    return metrics
+def job_of(work: Path, samples: Path, seed: int, overrides: Sequence[str]) -> FinetuneConfig:
+    """Return the job of a run, which is kept in ``work``."""
+    settings = [f"run.seed={seed}", "data.general=[]", "data.general_share=0", *overrides]
+    return finetuning_at(work / f"run-{samples.name}-{seed}", JOB, samples, ("train", "evaluate"), settings)
 
 
 def vectors(directory: Path, reading: str, tuned: bool, sets: Mapping[str, ProbeSegments]) -> dict[str, np.ndarray]:
@@ -355,8 +346,8 @@ def measure_seed(
     work: Path, samples: Path, sets: Mapping[str, ProbeSegments], seed: int, overrides: Sequence[str]
 ) -> Any:
     """Return reading -> untuned and tuned -> results of the probes, and the metrics of the job."""
-    directory = work / f"run-{samples.name}-{seed}"
-    metrics = run_seed(samples, directory, seed, overrides)
+    job = job_of(work, samples, seed, overrides)
+    metrics, directory = finetune_once(job), Path(job.run.directory)
     probes = {
         reading: {
             when: probe(vectors(directory, reading, when == "tuned", sets), sets) for when in ("untuned", "tuned")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -160,6 +162,17 @@ def test_a_better_ranker_has_a_larger_auc() -> None:
         assert set(differences) == {(LAST, NO_CONTENT), (FORECAST, NO_CONTENT), (FORECAST, LAST)}
         assert all(one["low"] > 0 for one in differences.values())
         assert differences[FORECAST, NO_CONTENT]["mean"] > differences[LAST, NO_CONTENT]["mean"]
+
+
+def test_rankers_with_forecasts_of_another_predictor_are_other_files(tmp_path: Path) -> None:
+    def names(seeds: list[int]) -> dict[str, Path]:
+        options = Namespace(work=tmp_path, codes=[4, 6, 8], noises=[1.6], settings=None, seeds=seeds)
+        work = foresight.ForesightWork(options, Mock())
+        return {variant: work._scores_file(variant, 1) for variant in (NO_CONTENT, TRUTH, BOTH)}
+
+    first, more, second = names([1]), names([1, 2]), names([2])
+    assert first == more and first[BOTH] != second[BOTH]
+    assert first[NO_CONTENT] == second[NO_CONTENT] and first[TRUTH] == second[TRUTH]
 
 
 def test_all_parts_run(

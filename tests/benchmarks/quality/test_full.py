@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from benchmarks.quality import full
+from benchmarks.quality import full, kept_runs
 from benchmarks.quality.attainable_bound import ATTAINABLE, VARIANTS
-from benchmarks.quality.full import BASE_JOB, FULL_JOB, SECTIONS, system_job
+from benchmarks.quality.full import BASE_JOB, FULL_JOB, SECTIONS, FullWork, system_job
 from benchmarks.quality.full_report import (
     BASE,
     BEST,
@@ -69,6 +71,29 @@ def test_each_system_keeps_what_those_before_it_have(tmp_path: Path) -> None:
         assert last[kind].keys() == whole[kind].keys()
     assert last["codes"]["shown"]["file"] == f"{tmp_path}/data/full/codes-shown.parquet"
     assert last["content"]["encoded"]["table"] == f"{tmp_path}/runs/full/follow/forecasts/encoder"
+
+
+def test_a_ranker_belongs_to_the_content_of_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_runs, "fingerprint", lambda path, spec: "world")
+    monkeypatch.setattr(kept_runs.DatasetSpec, "load", lambda path: None)
+    codes, table = tmp_path / "data/full/codes-shown.parquet", tmp_path / "data/full/world/embeddings/segments"
+    codes.parent.mkdir(parents=True)
+    table.mkdir(parents=True)
+
+    def keys() -> dict[str, str]:
+        options = Namespace(work=tmp_path, days=9, users=60, tables=[], overrides=[], finished=False)
+        work = FullWork(options, Mock())
+        return {name: work._key(name, 1) for name in SYSTEMS}
+
+    codes.write_text("first")
+    (table / "vectors").write_text("first")
+    before = keys()
+    assert keys() == before
+    codes.write_text("second")
+    after = keys()
+    assert {name for name in SYSTEMS if after[name] != before[name]} == {FORESIGHT, MOMENT}
+    (table / "vectors").write_text("second")
+    assert {name for name in SYSTEMS if keys()[name] != after[name]} == {VECTORS, LARM, FORESIGHT, MOMENT}
 
 
 def test_words_of_make_full_are_moved_to_another_place() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import instructions
+from benchmarks.quality import instructions, kept_finetuning
 from benchmarks.quality.instruction_word_baseline import accuracy_of_words
 from benchmarks.quality.instructions import summarise, table
 from tests.paths import ROOT
@@ -93,6 +93,6 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     def refuse(*arguments: object) -> None:
         raise AssertionError("a run that is there is not repeated")
 
-    monkeypatch.setattr(instructions, "run_job", refuse)
+    monkeypatch.setattr(kept_finetuning, "run_job", refuse)
     instructions.main([*command, *small])
     assert "gain over the better baseline" in capsys.readouterr().out

@@ -96,7 +96,7 @@ def test_all_parts_run(
     larm.main([*small, *arguments])
     assert before == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}, "nothing twice"
     only = tmp_path / "larm_on_air.json"
-    larm.main(["--retrieval-only", *(str(only) if word == str(out) else word for word in arguments)])
+    larm.main([*small, "--retrieval-only", *(str(only) if word == str(out) else word for word in arguments)])
     found = json.loads(only.read_text())
     assert found["retrieval"] == document["retrieval"] and "ranking" not in found and found["load"]
     assert "AUC" not in capsys.readouterr().out.rpartition("Recall@1, %")[2]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.quality import segment_probe
+from benchmarks.quality import kept_finetuning, segment_probe
 from benchmarks.quality.segment_probe import (
     READINGS,
     TARGETS,
@@ -121,6 +121,6 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     def refuse(*arguments: object) -> None:
         raise AssertionError("a run that is there is not repeated")
 
-    monkeypatch.setattr(segment_probe, "run_job", refuse)
+    monkeypatch.setattr(kept_finetuning, "run_job", refuse)
     segment_probe.main(command)
     assert "gain" in capsys.readouterr().out
