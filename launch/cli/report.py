@@ -59,4 +59,5 @@ def report(directories: tuple[str, ...], out: Output | None, against: str | None
         print(f"report: {out or Path(run) / REPORT}, again until the job ends", flush=True)
     write = watch_report if watch else write_report
     write(Path(run), out, [Path(other) for other in others], Path(against) if against else None)
-    print(f"report: {out or Path(run) / REPORT}")
+    if out is not None or (Path(run) / REPORT).exists():
+        print(f"report: {out or Path(run) / REPORT}")

@@ -23,6 +23,7 @@ from tests.report.page_elements import PageElements
 from tests.report.stored_runs import write_model, write_ranker
 from trainer.checkpoint import runs
 from trainer.console.errors import UserError
+from trainer.console.exit_status import Terminated
 from trainer.console.outputs import Output
 from trainer.report import run_report
 from trainer.report.run_report import make_report, write_last_report, write_report
@@ -408,21 +409,41 @@ def test_a_watched_run_has_a_page_until_it_ends(run: Path, few_draws: None, monk
     assert shows("the page follows the run") and not shows('http-equiv="refresh"')
 
 
-def test_ctrl_c_ends_a_watch_with_a_page_that_does_not_load_itself(
-    run: Path, few_draws: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, Terminated])
+def test_a_signal_ends_a_watch_with_a_page_that_does_not_load_itself(
+    signal: type[BaseException], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages: list[str] = []
 
     def interrupted(seconds: float) -> None:
         pages.append((run / "report.html").read_text())
-        raise KeyboardInterrupt
+        raise signal
 
+    monkeypatch.setattr(run_report, "make_report", lambda *runs: "<head>\n")
     monkeypatch.setattr(run_report, "is_locked", lambda directory: True)
     monkeypatch.setattr(run_report.time, "sleep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(signal):
         run_report.watch_report(run)
     pages.append((run / "report.html").read_text())
     assert ['http-equiv="refresh" content="30"' in page for page in pages] == [True, False]
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_job_that_removes_its_directory_ends_a_watch_with_the_page_before(
+    elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "first.fit"
+    directory.mkdir()
+    (directory / "status.json").write_text("{}")
+    monkeypatch.setattr(run_report, "is_locked", lambda directory: directory.exists())
+    monkeypatch.setattr(run_report.time, "sleep", lambda seconds: shutil.rmtree(directory))
+    out = tmp_path / "page.html"
+    run_report.watch_report(directory, Output.of(out) if elsewhere else None)
+    assert list(tmp_path.iterdir()) == ([out] if elsewhere else [])
+    assert not elsewhere or ("first.fit" in out.read_text() and 'http-equiv="refresh"' not in out.read_text())
+    assert "no such directory" in caplog.text
+    with pytest.raises(UserError, match="no run here"):
+        run_report.watch_report(directory, Output.of(out))
 
 
 def wait_until(holds: Callable[[], bool]) -> bool:

@@ -46,12 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(
-    directory: Path,
-    out: Output | None = None,
-    others: Sequence[Path] = (),
-    against: Path | None = None,
-    *,
-    refresh: bool = False,
+    directory: Path, out: Output | None = None, others: Sequence[Path] = (), against: Path | None = None
 ) -> None:
     """Write the report of a run, by default as ``report.html`` in its directory.
 
@@ -60,36 +55,54 @@ def write_report(
         out: file to write.
         others: runs that stand beside it in the page.
         against: run whose settings and metrics are the reference; see :func:`make_report`.
-        refresh: a browser loads the page again from time to time.
 
     Raises:
         UserError: there is no run, or the page cannot be written.
     """
-    page = make_report(directory, others, against, refresh=refresh)
-    with (out or Output.of(directory / REPORT)).writing(quiet=True) as file, whole_file(file) as tmp_path:
-        tmp_path.write_text(page, encoding="utf-8")
+    _write(make_report(directory, others, against), out or Output.of(directory / REPORT))
 
 
 def watch_report(
     directory: Path, out: Output | None = None, others: Sequence[Path] = (), against: Path | None = None
 ) -> None:
-    """Write the report of a run again and again until no job runs there; the last page does not refresh itself.
+    """Write the report of a run again and again until no job runs there; the last page does not load itself again.
+
+    A job may remove its directory at its end, as the fit of a codebook does. The page before that is the last one then.
 
     Raises:
         UserError: there is no run, or the page cannot be written.
-        KeyboardInterrupt: the user has stopped it; the last page is written.
+        KeyboardInterrupt, Terminated: the user has stopped it; the last page is written.
     """
+    place, page = out or Output.of(directory / REPORT), ""
     try:
         while is_locked(directory):
-            write_report(directory, out, others, against, refresh=True)
+            latest = make_report(directory, others, against)
+            _write(_loading_itself(latest), place)
+            page = latest
             until = time.monotonic() + WATCH_SECONDS
             while is_locked(directory) and time.monotonic() < until:
                 time.sleep(LOOK_SECONDS)
-    except KeyboardInterrupt:
+        page = make_report(directory, others, against)
+    except (OSError, UserError) as error:
+        if not page:
+            raise
+        logger.warning(f"{directory}: is gone or damaged ({one_line(error)}); the page is the one before")
+    finally:
         # A page that nobody writes any more must not load itself again.
-        write_report(directory, out, others, against)
-        raise
-    write_report(directory, out, others, against)
+        if page and (place.path is None or place.path.parent.exists()):
+            _write(page, place)
+
+
+def _write(page: str, place: Output) -> None:
+    with place.writing(quiet=True) as file, whole_file(file) as tmp_path:
+        tmp_path.write_text(page, encoding="utf-8")
+
+
+def _loading_itself(page: str) -> str:
+    """Return a page that a browser loads again from time to time."""
+    head = "<head>\n"
+    assert head in page
+    return page.replace(head, f'{head}<meta http-equiv="refresh" content="{WATCH_SECONDS}">\n', 1)
 
 
 def write_last_report(directory: Path) -> None:
@@ -104,14 +117,11 @@ def write_last_report(directory: Path) -> None:
         logger.debug("", exc_info=True)
 
 
-def make_report(
-    directory: Path, others: Sequence[Path] = (), against: Path | None = None, *, refresh: bool = False
-) -> str:
+def make_report(directory: Path, others: Sequence[Path] = (), against: Path | None = None) -> str:
     """Return the page about a run.
 
     Args:
         directory: of the run.
-        refresh: a browser loads the page again from time to time.
         others: runs that stand beside it in tables and curves, and with which it is compared.
         against: another run that stands beside it: the differences are from this one, and the job file has its
             values where they are other ones.
@@ -133,7 +143,6 @@ def make_report(
     lines = job_lines(run.config, run.summary.kind, _other_job(run, against))
     return _template().render(
         title=run_title(run),
-        refresh=WATCH_SECONDS if refresh else 0,
         directory=str(directory),
         kind=run.summary.job or "unknown job",
         state=run.summary.state,
