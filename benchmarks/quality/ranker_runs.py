@@ -70,13 +70,19 @@ class TrainedRanker:
         return predict(self.engine, loader, quiet=True)
 
 
-@contextmanager
-def trained_ranker(config: JobConfig, world: World) -> Iterator[TrainedRanker]:
-    """Train the network of a job on its training range, without checkpoints, traces and reports."""
+def opened(config: JobConfig, world: World) -> tuple[Dataset, Split, FeatureMap]:
+    """Open the dataset of a job; return it, the times of its rows, and the features of its model."""
     data = Dataset.open(config.data.path)
     split = split_in_time(config, data.spec)
     with tempfile.TemporaryDirectory() as folder:
         features = open_features(config, data, split, Path(folder) / "features", world, open_existing_store)
+    return data, split, features
+
+
+@contextmanager
+def trained_ranker(config: JobConfig, world: World) -> Iterator[TrainedRanker]:
+    """Train the network of a job on its training range, without checkpoints, traces and reports."""
+    data, split, features = opened(config, world)
     engine = build_engine(config, features, config.model.kind, world)
     space = make_space(config, features)
     searching = None if space is None else SearchSpaceRefresher(space, config, features, engine, world)
