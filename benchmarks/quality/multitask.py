@@ -18,7 +18,7 @@ stopped; the report has all trainings that are kept.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import make_parser, slug, write_result
-from benchmarks.quality.kept_runs import read_runs, run_file, train_once
+from benchmarks.quality.kept_runs import KeptRun, read_runs, run_file, train_once
 from benchmarks.quality.larm_report import cell
 from benchmarks.quality.paired_users import DRAWS
 from benchmarks.quality.ranker_runs import opened
@@ -117,6 +117,18 @@ def train_missing(options: argparse.Namespace, settings: Sequence[Setting], worl
     return found
 
 
+def kept(
+    options: argparse.Namespace, setting: Setting, found: Mapping[str, tuple[int, int]]
+) -> dict[str, dict[int, KeptRun]]:
+    """Return the finished trainings of a setting: network -> seed -> run; ``found`` has the sizes of the networks."""
+    path = world_path(options.work, setting)
+
+    def job(network: str, seed: int) -> JobConfig:
+        return job_of(network, found[network][0], setting, seed, path, options.overrides)
+
+    return read_runs(options.work / slug(setting.name), NETWORKS, job)
+
+
 def tables(result: dict[str, Any]) -> str:
     """Return the differences to CGC as text: a table for each behaviour and metric."""
     names = dict.fromkeys(name for found in result["settings"].values() for name in found["behaviours"])
@@ -151,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = train_missing(options, settings, world)
     result: dict[str, Any] = {"settings": {}}
     for setting in settings:
-        runs = read_runs(options.work / slug(setting.name), NETWORKS)
+        runs = kept(options, setting, found[setting.name])
         result["settings"][setting.name] = {
             **vars(setting),
             "width": {name: width for name, (width, _) in found[setting.name].items()},
