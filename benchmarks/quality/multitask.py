@@ -54,7 +54,7 @@ WIDTH, WIDEST = 48, 1024
 
 
 @dataclass(frozen=True)
-class Setting:
+class NetworkSetting:
     """A world and the behaviours that are predicted in it."""
 
     users: int
@@ -67,14 +67,16 @@ class Setting:
         return f"{self.users} users, conflict {self.conflict:g}, {self.tasks}"
 
 
-def job_of(network: str, width: int, setting: Setting, seed: int, data: Path, overrides: Sequence[str]) -> JobConfig:
+def job_of(
+    network: str, width: int, setting: NetworkSetting, seed: int, data: Path, overrides: Sequence[str]
+) -> JobConfig:
     """Return the job of a training; ``width`` is that of the experts."""
     size = [f'model.kind="{network}"', f"model.expert_layers=[[{2 * width}, {width}], [{width}, {width}]]"]
     own = [f"data.path={data}", f"run.seed={seed}", *COMMON, *DAYS[HELD_OUT], *TASKS[setting.tasks], *size, *overrides]
     return load_config(RECIPE_JOB, own)
 
 
-def sizes(setting: Setting, data: Path, overrides: Sequence[str], world: World) -> dict[str, tuple[int, int]]:
+def sizes(setting: NetworkSetting, data: Path, overrides: Sequence[str], world: World) -> dict[str, tuple[int, int]]:
     """Return by network the width with which it has about as many parameters as PLE, and its parameters."""
     _, _, features = opened(job_of(PLE, WIDTH, setting, 1, data, overrides), world)
 
@@ -95,12 +97,12 @@ def sizes(setting: Setting, data: Path, overrides: Sequence[str], world: World) 
     return found
 
 
-def world_path(work: Path, setting: Setting) -> Path:
+def world_path(work: Path, setting: NetworkSetting) -> Path:
     """Return the dataset of a setting; settings that differ in the behaviours only share it."""
     return work / slug(f"world {setting.users} {setting.conflict:g}")
 
 
-def train_missing(options: argparse.Namespace, settings: Sequence[Setting], world: World) -> dict[str, Any]:
+def train_missing(options: argparse.Namespace, settings: Sequence[NetworkSetting], world: World) -> dict[str, Any]:
     """Simulate and train what is missing in ``options.work``, seed by seed; return the sizes of the networks."""
     found: dict[str, Any] = {}
     for setting in settings:
@@ -118,7 +120,7 @@ def train_missing(options: argparse.Namespace, settings: Sequence[Setting], worl
 
 
 def kept(
-    options: argparse.Namespace, setting: Setting, found: Mapping[str, tuple[int, int]]
+    options: argparse.Namespace, setting: NetworkSetting, found: Mapping[str, tuple[int, int]]
 ) -> dict[str, dict[int, KeptRun]]:
     """Return the finished trainings of a setting: network -> seed -> run; ``found`` has the sizes of the networks."""
     path = world_path(options.work, setting)
@@ -158,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all rankers")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    settings = [Setting(u, c, t) for u in options.users for c in options.conflicts for t in options.tasks]
+    settings = [NetworkSetting(u, c, t) for u in options.users for c in options.conflicts for t in options.tasks]
     with World.join("cpu") as world:
         found = train_missing(options, settings, world)
     result: dict[str, Any] = {"settings": {}}
