@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality.multitask import CGC, NETWORKS, PLE, TASKS, TWO, WIDTH, Setting, job_of, main, sizes, tables
+from benchmarks.quality.multitask import (
+    CGC,
+    NETWORKS,
+    PLE,
+    TASKS,
+    TWO,
+    WIDTH,
+    NetworkSetting,
+    job_of,
+    main,
+    sizes,
+    tables,
+)
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.write_dataset import simulate
 from trainer.runtime.distributed import World
@@ -26,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("tasks", TASKS)
 def test_networks_have_the_size_of_ple(world: Path, tasks: str) -> None:
-    setting = Setting(30, 0.0, tasks)
+    setting = NetworkSetting(30, 0.0, tasks)
     with World.join("cpu") as ranks:
         found = sizes(setting, world, [], ranks)
     assert list(found) == list(NETWORKS) and found[PLE][0] == WIDTH
@@ -36,7 +48,7 @@ def test_networks_have_the_size_of_ple(world: Path, tasks: str) -> None:
 
 
 def test_rankers_differ_in_the_network_only(world: Path) -> None:
-    setting = Setting(30, 0.0, TWO)
+    setting = NetworkSetting(30, 0.0, TWO)
     jobs = {network: job_of(network, 9, setting, 2, world, []) for network in NETWORKS}
     for network, job in jobs.items():
         same = job.model.model_copy(update={"kind": CGC})
