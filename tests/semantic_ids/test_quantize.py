@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +144,15 @@ def test_a_job_that_is_ended_continues_with_the_same_result(
     assert not (job.parent / "first.fit").exists()
 
 
+@pytest.fixture
+def default_sigterm() -> Iterator[None]:
+    """SIGTERM as in a new process: jobs of other tests in this one may have left their handlers."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("default_sigterm")
 def test_sigterm_is_the_state_of_the_job_and_it_continues(
     job: Path, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:

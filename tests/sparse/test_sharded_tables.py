@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Dynamic, Lookup, Table, initial_rows
 from tests.device_waits import HOST_ONLY, Waits
-from tests.memory_flags import kilobytes, memory_flags
+from tests.memory_flags import memory_flags
 from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
 from trainer.runtime.large_pages import large_pages_setting, without_copies_in_children
@@ -92,7 +92,6 @@ def test_loader_processes_get_no_tables_and_no_states(world: World) -> None:
     ((shard, states),) = [(values, states) for _, values, states in sharded._held().values()]
     memories = [shard, *states]
     assert len(memories) == 2
-    large = [kilobytes(values, "AnonHugePages") for values in memories]
     with without_copies_in_children():
         assert all("dc" in memory_flags(values) for values in memories)
         reading, writing = os.pipe()
@@ -110,14 +109,10 @@ def test_loader_processes_get_no_tables_and_no_states(world: World) -> None:
     exchange.send()
     exchange.rows()
     exchange.update({"user": [torch.ones(len(rows), 16)]}, 1.0)
-    found = [kilobytes(values, "AnonHugePages") for values in memories]
     os.close(writing)
     os.close(reading)
     assert os.waitpid(child, 0)[1] == 0
     assert (shard[rows] != before[rows]).all()
-    if not all(large):
-        pytest.skip("this system has no large pages, or none that are free")
-    assert all(now >= before for now, before in zip(found, large, strict=True))
 
 
 @pytest.mark.parametrize("path", ["cpu", "torchrec"])
