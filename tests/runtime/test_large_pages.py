@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.forked import forked
 from tests.memory_flags import kilobytes, memory_flags, own_memory
 from trainer.runtime import large_pages
 from trainer.runtime.large_pages import (
@@ -66,23 +66,6 @@ def test_the_kernel_is_asked_for_large_pages() -> None:
     assert "hg" not in memory_flags(values)
     assert zero_in_large_pages(values)
     assert "hg" in memory_flags(values)
-
-
-@contextmanager
-def forked() -> Iterator[int]:
-    """Fork a process that lives inside the ``with`` statement; yield its process id."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(writing)
-        os.read(reading, 1)
-        os._exit(0)
-    try:
-        yield child
-    finally:
-        os.close(writing)
-        os.close(reading)
-        assert os.waitpid(child, 0)[1] == 0
 
 
 @needs_large_pages

@@ -1,6 +1,5 @@
 """Sharded tables in one process; tests/distributed/test_engine.py tests them on several ranks."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Dynamic, Lookup, Table, initial_rows
 from tests.device_waits import HOST_ONLY, Waits
+from tests.forked import forked
 from tests.memory_flags import memory_flags
 from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
@@ -94,12 +94,8 @@ def test_loader_processes_get_no_tables_and_no_states(world: World) -> None:
     assert len(memories) == 2
     with without_copies_in_children():
         assert all("dc" in memory_flags(values) for values in memories)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(writing)
-            os.read(reading, 1)
-            os._exit(0)
+        child = forked()
+        child.__enter__()
     assert not any("dc" in memory_flags(values) for values in memories)
     before = shard.clone()
     rows = torch.arange(0, 140_000, 7)
@@ -109,9 +105,7 @@ def test_loader_processes_get_no_tables_and_no_states(world: World) -> None:
     exchange.send()
     exchange.rows()
     exchange.update({"user": [torch.ones(len(rows), 16)]}, 1.0)
-    os.close(writing)
-    os.close(reading)
-    assert os.waitpid(child, 0)[1] == 0
+    child.__exit__(None, None, None)
     assert (shard[rows] != before[rows]).all()
 
 

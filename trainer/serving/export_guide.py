@@ -436,7 +436,7 @@ _PAST = {
     "item": "those to the candidate's item",
     "tag": "those to items of the candidate's tag, none if that is 0",
 }
-"""What visits share with the candidate -> visits that are counted."""
+"""Value of ``same`` in ``[features.past.NAME]`` -> description of the visits that are counted."""
 
 _ATTENTIONS = {
     "mean": "It is the mean of the visits.",

@@ -23,7 +23,7 @@ Space = Mapping[str, np.ndarray]
 """Table -> search vectors of its rows, see ``modules.search.search.SearchVectors.values``."""
 
 Searched = Space | DevicePlaces
-"""What is searched by dot product: vectors, or the places of the entries on a device that makes these searches."""
+"""Input of a search by dot product: vectors, or the places of the entries on a device that makes the search."""
 
 
 class _HistoryRead(NamedTuple):
