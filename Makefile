@@ -88,7 +88,7 @@ test-kafka: setup
 # The search and the dynamic ids of a GPU, without one: in Triton's interpreter, and compiled ahead of time. About 700 MB
 # go to build/, where no other command finds them, since libraries behave otherwise once they can import Triton.
 test-triton: setup build/triton-$(TRITON)
-	@PYTHONPATH=build/triton-$(TRITON) TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/modules/search/test_triton_kernel.py tests/ranking/test_device_histories.py tests/sparse/test_device_ids.py -k "not takes_the_same_steps"
+	@PYTHONPATH=build/triton-$(TRITON) TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/modules/search/test_triton_kernel.py tests/ranking/test_device_histories.py tests/ranking/test_growing_device_histories.py tests/sparse/test_device_ids.py -k "not takes_the_same_steps"
 
 build/triton-$(TRITON):
 	@mkdir -p build && rm -rf $@.partial

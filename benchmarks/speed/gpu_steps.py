@@ -30,6 +30,10 @@ from modules.choices import Dynamic
 from modules.embeddings import Table
 
 if TYPE_CHECKING:
+    from trainer.config.ranker import JobConfig
+    from trainer.data.features.feature_map import FeatureMap
+    from trainer.data.features.search_vectors import SearchSpace
+    from trainer.data.format.dataset import Dataset
     from trainer.engine.dense_engine import DenseNetwork
 
 Parts = Iterator[dict[str, Any]]
@@ -62,10 +66,10 @@ def seconds_of(work: Callable[[], object], repeats: int) -> float:
     """Return the seconds of one run, the fastest of some, with the device idle before and after each."""
     best = float("inf")
     for _ in range(repeats + 1):
-        _synchronize()
+        synchronize()
         begin = time.perf_counter()
         work()
-        _synchronize()
+        synchronize()
         best = min(best, time.perf_counter() - begin)
     return best
 
@@ -94,7 +98,7 @@ def search(small: bool) -> Parts:
             name = f"{str(dtype).removeprefix('torch.')}, {parts} part{'s' * (parts > 1)}"
             begin = time.perf_counter()
             places = triton_kernel.top(first, first + entries, length, *chosen, longest=entries)
-            _synchronize()
+            synchronize()
             compile_seconds = time.perf_counter() - begin
             seconds = seconds_of(
                 lambda first=first, chosen=chosen: triton_kernel.top(  # type: ignore[misc]
@@ -116,37 +120,46 @@ def search(small: bool) -> Parts:
     yield {"copy_bytes_per_second": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 5)}
 
 
-def device_searches(small: bool) -> Parts:
-    """Make the batches of long histories with searches by the loader and on the device, and compare all their ids."""
+def searched_model(
+    scratch: str, users: int, days: int, *more: str
+) -> tuple[JobConfig, Dataset, FeatureMap, SearchSpace]:
+    """Simulate long histories, and return a job, its dataset, its features and random search vectors."""
     from trainer.config.ranker import load_config
-    from trainer.data.features.device_places import DevicePlaces
     from trainer.data.features.feature_map import FeatureMap
     from trainer.data.features.fit import fit_features
     from trainer.data.features.search_vectors import SearchSpace, SpaceTable
     from trainer.data.format.dataset import Dataset
+    from trainer.ranking.setup import split_in_time
+
+    size = ("--users", users, "--days", days, "--partitions", 2, "--seed", 1)
+    run_limelight("data", "simulate", f"{scratch}/world", "--world", "cross", *size)
+    settings = [f"data.path={scratch}/world", "features.search.embedding=", "data.eval_from=", "data.train_from="]
+    config = load_config("configs/cross.toml", [*settings, *more])
+    data = Dataset.open(config.data.path, "error")
+    fitting = split_in_time(config, data.spec).fitting
+    fitted = fit_features(data.spec, data.store, data.histories, config.features, fitting, {}, {})
+    features = FeatureMap(data.spec, config.features, fitted)
+    searched = config.features.search.tables
+    tables: dict[str, SpaceTable] = {
+        table.name: SpaceTable(table.rows, table.dim) for table in features.tables if table.name in searched
+    }
+    space = SearchSpace(tables, tables, config.features.search.dtype, 0)
+    random = np.random.default_rng(1)
+    for values in space.at(0).values():
+        values[1:] = random.standard_normal(values[1:].shape)
+    space.newest = 0
+    return config, data, features, space
+
+
+def device_searches(small: bool) -> Parts:
+    """Make the batches of long histories with searches by the loader and on the device, and compare all their ids."""
+    from trainer.data.features.device_places import DevicePlaces
     from trainer.data.loading.loader import Loader
     from trainer.ranking.device_histories import DeviceHistories, searched_lengths
-    from trainer.ranking.setup import split_in_time
 
     users, days, rows, steps = (20, 10, 64, 4) if small else (400, 60, 2048, 20)
     with tempfile.TemporaryDirectory() as scratch:
-        size = ("--users", users, "--days", days, "--partitions", 2, "--seed", 1)
-        run_limelight("data", "simulate", f"{scratch}/world", "--world", "cross", *size)
-        settings = [f"data.path={scratch}/world", "features.search.embedding=", "data.eval_from=", "data.train_from="]
-        config = load_config("configs/cross.toml", settings)
-        data = Dataset.open(config.data.path, "error")
-        fitting = split_in_time(config, data.spec).fitting
-        fitted = fit_features(data.spec, data.store, data.histories, config.features, fitting, {}, {})
-        features = FeatureMap(data.spec, config.features, fitted)
-        searched = config.features.search.tables
-        tables: dict[str, SpaceTable] = {
-            table.name: SpaceTable(table.rows, table.dim) for table in features.tables if table.name in searched
-        }
-        space = SearchSpace(tables, tables, config.features.search.dtype, 0)
-        random = np.random.default_rng(1)
-        for values in space.at(0).values():
-            values[1:] = random.standard_normal(values[1:].shape)
-        space.newest = 0
+        config, data, features, space = searched_model(scratch, users, days)
         places = DevicePlaces(data.histories, data.spec.partitions, range(data.spec.partitions))
         on_device = DeviceHistories(features, places, space, searched_lengths(config.features), device())
         yield {"visits": places.entries, "bytes": DeviceHistories.bytes_needed(features, places, space)}
@@ -159,10 +172,10 @@ def device_searches(small: bool) -> Parts:
         differing, waits = 0, None
 
         def timed(name: str, work: Callable[[], Any]) -> Any:
-            _synchronize()
+            synchronize()
             begin = time.perf_counter()
             result = work()
-            _synchronize()
+            synchronize()
             seconds[name].append(time.perf_counter() - begin)
             return result
 
@@ -173,7 +186,7 @@ def device_searches(small: bool) -> Parts:
                 break
             there = left.to(device())
             found = timed("device", partial(on_device.complete, there))
-            waits = _waits(partial(on_device.complete, there))
+            waits = waits_of(partial(on_device.complete, there))
             for ours, theirs in zip(found.ids, whole.ids, strict=True):
                 differing += int((ours.values().cpu() != theirs.values()).sum())
                 differing += int((ours.lengths().cpu() != theirs.lengths()).sum())
@@ -202,13 +215,13 @@ def dynamic_ids(small: bool) -> Parts:
             begin = time.perf_counter()
             expected, _ = cpu.learn(ids, step)
             seconds["cpu"] = time.perf_counter() - begin
-            _synchronize()
+            synchronize()
             begin = time.perf_counter()
             if step == steps:
-                waits = _waits(partial(ours.learn, there, step))
+                waits = waits_of(partial(ours.learn, there, step))
             if waits is None:
                 ours.learn(there, step)
-            _synchronize()
+            synchronize()
             seconds["device"] = time.perf_counter() - begin
         differing = sum(int((ours.columns[name].cpu() != column).sum()) for name, column in cpu.columns.items())
         differing += int((ours.find(there).cpu() != expected).sum())
@@ -275,7 +288,7 @@ def zero(small: bool) -> Parts:
             yield {
                 f"stage {stage}, {'bf16' if stage else 'fp32'}": {
                     "seconds_per_step": seconds,
-                    "waits_per_step": _waits(step),
+                    "waits_per_step": waits_of(step),
                     "first_loss": float(losses[0]),
                     "last_loss": float(losses[-1]),
                 }
@@ -309,7 +322,7 @@ def compilation(small: bool) -> Parts:
                 )
                 begin = time.perf_counter()
                 losses.append(_losses_of(network, batches))
-                _synchronize()
+                synchronize()
                 first = time.perf_counter() - begin
                 seconds = seconds_of(partial(_losses_of, network, batches), 1) / steps
                 name = f"ZeRO {stage}, {'bf16' if stage else 'fp32'}{', compiled' * (compiler is not None)}"
@@ -445,7 +458,7 @@ def ranker(small: bool) -> Parts:
 
                 begin = time.perf_counter()
                 step()
-                _synchronize()
+                synchronize()
                 first = time.perf_counter() - begin
                 name = f"{rows} rows, {precision}{', compiled' * compiled}"
                 figures = {"seconds_of_first_step": first, "seconds": seconds_of(step, 5), "launches": _launches(step)}
@@ -458,7 +471,7 @@ def job(small: bool) -> Parts:
     import torchrec  # noqa: F401
 
     with tempfile.TemporaryDirectory() as scratch:
-        found, command = yield from _on_both_devices(scratch, small)
+        found, command = yield from on_both_devices(scratch, small)
         run = Path(scratch, "device")
         run_limelight("evaluate", run)
         # As after a power failure just before the last checkpoint.
@@ -476,7 +489,7 @@ def dynamic_job(small: bool) -> Parts:
 
     with tempfile.TemporaryDirectory() as scratch:
         dynamic = ['features.item.ids="dynamic"', "features.item.rows=2000", 'features.item.evict="both"']
-        yield from _on_both_devices(scratch, small, *dynamic)
+        yield from on_both_devices(scratch, small, *dynamic)
 
 
 def searched_job(small: bool) -> Parts:
@@ -486,22 +499,23 @@ def searched_job(small: bool) -> Parts:
 
     with tempfile.TemporaryDirectory() as scratch:
         histories = ['features.history.short.search="top"', 'features.history.live.search="top"']
-        yield from _on_both_devices(scratch, small, *histories, 'features.search.device="device"')
+        yield from on_both_devices(scratch, small, *histories, 'features.search.device="device"')
 
 
-def _on_both_devices(
-    scratch: str, small: bool, *settings: str
+def on_both_devices(
+    scratch: str, small: bool, *settings: str, job: str = "configs/simulated.toml"
 ) -> Generator[dict[str, Any], None, tuple[dict[str, float], tuple[str, ...]]]:
     """Train a job in ``scratch/cpu`` and ``scratch/device``; return the held-out loss and the command of the second."""
     users, days, every = (100, 3, 20) if small else (3000, 10, 100)
     world = f"{scratch}/world"
     run_limelight("data", "simulate", world, "--users", users, "--days", days, "--partitions", 4, "--seed", 1)
     settings = (f"data.path={world}", f"checkpoint.every_steps={every}", *settings)
-    settings += ("data.eval_from=2024-03-06", "train.batch_size=32") if small else ()
+    if small:
+        settings = ("data.eval_from=2024-03-06", "train.batch_size=32", *settings)
     found: list[dict[str, float]] = []
     for name, kind in (("cpu", "cpu"), ("device", device().type)):
         run = Path(scratch, name)
-        command = ("train", "configs/simulated.toml", *settings, f"run.directory={run}", f"train.device={kind}")
+        command = ("train", job, *settings, f"run.directory={run}", f"train.device={kind}")
         begin = time.perf_counter()
         run_limelight(*command)
         seconds = time.perf_counter() - begin
@@ -549,7 +563,8 @@ def random_inputs(rows: int, place: torch.device) -> Inputs:
     return embedded, lengths, torch.randn(rows, DENSE, generator=random).to(place)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait until the device is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -558,7 +573,7 @@ def _be_the_only_rank() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
-def _waits(step: Callable[[], object]) -> int | None:
+def waits_of(step: Callable[[], object]) -> int | None:
     """Return how often the host waits for the device in one step; None on a CPU."""
     if not torch.cuda.is_available():
         return None
@@ -579,7 +594,7 @@ def _launches(step: Callable[[], object]) -> int:
     if torch.cuda.is_available():
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
             step()
-            _synchronize()
+            synchronize()
         return sum(event.count for event in found.key_averages() if "LaunchKernel" in event.key)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         step()

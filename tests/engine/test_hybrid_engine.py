@@ -28,7 +28,8 @@ from tests.distributed.small_model import (
     tables,
 )
 from trainer.console.errors import UserError
-from trainer.engine.batch_pipeline import StepRequest
+from trainer.engine import hybrid_engine
+from trainer.engine.batch_pipeline import BatchPipeline, StepRequest
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, NotFiniteLoss, TableOptimizer
 from trainer.runtime.distributed import World
 
@@ -110,6 +111,38 @@ def test_the_result_of_a_step(world: World) -> None:
     torch.testing.assert_close(results[0].loss, (losses * batches[0].mask * WEIGHTS).sum() / batches[0].rows)
     assert engine.steps_done == len(batches)
     assert not any(result.logits.requires_grad or result.loss.requires_grad for result in results)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_optimizer_state_that_is_allocated_before_the_first_step_changes_no_bit(world: World, stage: int) -> None:
+    runs = []
+    for early in (False, True):
+        engine = single_engine(world, deepspeed={"zero_optimization": {"stage": stage}})
+        weights = sum(parameter.nbytes for parameter in engine._dense.module.parameters())
+        assert not early or engine.allocate() == (1 + stage) * weights > 0
+        losses = [float(result.loss) for result in engine.steps(batches_of(0, 1))]
+        runs.append((losses, everything(engine, world)))
+    (losses, plain), (same_losses, same) = runs
+    assert losses == same_losses and plain.keys() == same.keys()
+    for name, values in plain.items():
+        assert torch.equal(values, same[name]), name
+
+
+def test_all_pipelines_copy_their_batches_on_one_stream(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search vectors and histories stay on the device from one pipeline to the next."""
+    streams: list[Any] = []
+
+    class Pipeline(BatchPipeline):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            streams.append(options.pop("stream"))
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(hybrid_engine, "BatchPipeline", Pipeline)
+    engine = single_engine(world)
+    engine.copy_stream = of_engine = object()  # type: ignore[assignment]
+    list(engine.predict(batches_of(0, 1)))
+    list(engine.steps(batches_of(0, 1)))
+    assert streams == [of_engine] * 2
 
 
 def sgd_engine(world: World, parts: int = 1) -> HybridEngine:

@@ -89,6 +89,10 @@ def test_rows_that_the_ranks_cannot_share_are_one_line() -> None:
         planned(gpus=3)
 
 
+CONSTANT = {"optimizer": {"decay": "constant", "warmup": 0}}
+"""The learning rate of a stream."""
+
+
 def with_searches(device: str, **search: Any) -> dict[str, Any]:
     history = {"long": {"domain": "video", "search": "top"}}
     return {"history": history, "search": {"device": device, **search}, "item": {"dim": 24}}
@@ -109,6 +113,10 @@ def test_histories_that_the_device_searches_are_in_its_memory() -> None:
     assert searched(**with_searches("device")) == searched(**with_searches("auto")) == visits + 2 * vectors
     assert searched("cpu", **with_searches("device")) == visits + 2 * vectors
     assert searched(**with_searches("device", dtype="int8", tables=["author"])) == visits + 16 * tables["author"]
+    # Histories of a stream move to places of their own when they grow.
+    stream = {"data": {"path": "nowhere", "train_until": "2024-01-02"}, "stream": {}, **CONSTANT}
+    growing = planned(exposures=7_001, features=with_searches("device"), **stream)["memory"]["fullest"]
+    assert growing["searched histories"] == 24 * (6 * 3_501 + 6 * 3_501 // 8) + 2 * vectors
     # The loader searches where there is no GPU, and where there is no room.
     many = {"item": 1_500_000_000}
     assert searched("cpu", **with_searches("auto")) == searched(rows=many, **with_searches("auto")) == 0

@@ -30,7 +30,13 @@ from trainer.data.loading.batch import RankingBatch
 from trainer.data.loading.loader import Loader
 from trainer.data.simulator.write_dataset import simulate
 from trainer.ranking import device_histories
-from trainer.ranking.device_histories import _gap_bucket, _refuse_if_too_large, check_device, open_device_histories
+from trainer.ranking.device_histories import (
+    _gap_bucket,
+    _refuse_if_too_large,
+    check_device,
+    memory_for,
+    open_device_histories,
+)
 from trainer.ranking.setup import split_in_time
 
 REFRESH, BATCH = 3, 5
@@ -135,7 +141,8 @@ def pairs_of_batches(
     """Yield the batches of a rank with searches on the device, and with those of the loader."""
     space, write = random_space(config, features, seed)
     world: Any = SimpleNamespace(rank=rank, size=ranks, device=device)
-    on_device = open_device_histories(config, features, data.histories, space, world)
+    no_engine: Any = SimpleNamespace(allocate=lambda: 0)
+    on_device = open_device_histories(config, features, data.histories, space, world, no_engine)
     assert on_device is not None
     reading: dict[str, Any] = {"rank": rank, "world": ranks, "batch_size": BATCH, "seed": 0, "shuffle_ms": 3_600_000}
     reading |= {"space": space, "first_step": 0, **options}
@@ -245,12 +252,6 @@ def test_ages_are_in_the_buckets_of_the_loader() -> None:
 
 CODES = {"features.codes.c.file": "x", "features.codes.c.history": "entry"}
 CONTENT = {"features.content.v.table": "x", "features.content.v.histories": "true"}
-STREAM = {
-    "data.train_until": "2024-03-02",
-    "stream.until": "2024-03-03",
-    "optimizer.decay": "constant",
-    "optimizer.warmup": "0",
-}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,6 @@ STREAM = {
     [
         (CODES, "features.codes.c.history = 'entry' needs the entries in the loader"),
         (CONTENT, "features.content.v.histories = true needs the entries in the loader"),
-        (STREAM, "the histories of a stream grow"),
     ],
 )
 def test_jobs_that_need_the_entries_in_the_loader(dataset: Path, keys: dict[str, str], reason: str) -> None:
@@ -296,5 +296,27 @@ def test_without_a_gpu_the_loader_searches(dataset: Path, where: str) -> None:
     space = SearchSpace({"item": SpaceTable(4, 8)}, {}, "float16", 0)
     world: Any = SimpleNamespace(rank=0, size=1, device=CPU)
     config = job(dataset, f"features.search.device={where}")
-    assert open_device_histories(config, unused, unused, space, world) is None
-    assert open_device_histories(job(dataset), unused, unused, None, world) is None
+    assert open_device_histories(config, unused, unused, space, world, unused) is None
+    assert open_device_histories(job(dataset), unused, unused, None, world, unused) is None
+
+
+@pytest.mark.parametrize(("where", "free", "allowed"), [("auto", 640, 300), ("auto", 620, None), ("device", 640, 600)])
+def test_memory_of_the_first_step_stays_free(
+    dataset: Path, where: str, free: int, allowed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer's state is allocated before the free memory is read, and the gradients are left free."""
+    calls: list[str] = []
+    engine: Any = SimpleNamespace(allocate=lambda: calls.append("allocate") or 40)
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        calls.append("free memory")
+        return free, 1000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    world: Any = SimpleNamespace(device=torch.device("cuda:0"), first_problem=lambda problem: problem)
+    config = job(dataset, f"features.search.device={where}")
+    assert memory_for(config, "7 visits", 300, world, engine) == allowed
+    assert calls == ["allocate", "free memory"]
+    with pytest.raises(UserError, match=r'"device": 7 visits take 300 B, and cuda:0 has 200 B free; use "cpu"$'):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (240, 1000))
+        memory_for(job(dataset), "7 visits", 300, world, engine)

@@ -162,6 +162,8 @@ class BatchPipeline:
         control: a gloo group of all ranks.
         content: tables of pre-trained vectors.
         complete: makes the searches that batches leave to the device.
+        stream: CUDA stream to copy batches on; None without a GPU. All pipelines of a device share one, so that what
+            ``complete`` keeps on the device is written and read in order, and memory that it frees serves it again.
     """
 
     def __init__(
@@ -174,10 +176,10 @@ class BatchPipeline:
         *,
         content: tuple[ContentLayout, ...] = (),
         complete: Callable[[RankingBatch], RankingBatch] | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
-        self._complete = complete
+        self._complete, self._stream = complete, stream
         self._batches, self._tables, self._clock, self._control = batches, tables, clock, control
-        self._stream = torch.cuda.Stream(clock.device) if clock.device.type == "cuda" else None
         with clock.phase("data"):
             self._first = next(batches, None)
         # A rank without any batch learns from the others how wide the dense features are.

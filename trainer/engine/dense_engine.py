@@ -166,6 +166,15 @@ class DenseNetwork:
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
 
+    def allocate(self) -> int:
+        """Allocate the optimizer's state now, not in the first step.
+
+        Returns:
+            The bytes that gradients take in each step, with the bucket in which ZeRO reduces them.
+        """
+        self._materialise_moments()
+        return (1 + self._zero) * sum(parameter.nbytes for parameter in self.module.parameters())
+
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the module."""
         self._engine.destroy()
@@ -237,7 +246,7 @@ class DenseNetwork:
             self.average.restart()
 
     def _materialise_moments(self) -> None:
-        """Create Adam's moments, which do not exist before its first step, so that they can be saved or loaded."""
+        """Create Adam's moments, which do not exist before its first step."""
         for group in self._adam.param_groups:
             for parameter in group["params"]:
                 state = self._adam.state[parameter]

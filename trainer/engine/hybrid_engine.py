@@ -171,6 +171,7 @@ class HybridEngine:
         steps_done: number of optimizer steps so far.
         complete: makes, on the stream that batches are copied on, the searches that they leave to the device; None if
             they leave none. The loader and this function belong together, so it is set beside the loader.
+        copy_stream: CUDA stream that all batches are copied on; None without a GPU.
 
     Raises:
         UserError: settings that cannot be combined, with the reason; or tables that do not fit into memory.
@@ -238,6 +239,7 @@ class HybridEngine:
         self.zero_stage = self._dense.zero_stage
         self.steps_done = 0
         self.complete: Callable[[RankingBatch], RankingBatch] | None = None
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reads_later = device.type == "cuda" if read_later is None else read_later
         # True while all losses so far are finite; read on the device only.
         self._finite = torch.ones((), dtype=torch.bool, device=device)
@@ -414,6 +416,10 @@ class HybridEngine:
         """Set every parameter of the dense network, float32; its optimizer's state does not change. Collective."""
         self._dense.set_parameters(values)
 
+    def allocate(self) -> int:
+        """Allocate the dense optimizer's state now, not in the first step; return the bytes of its gradients."""
+        return self._dense.allocate()
+
     def close(self) -> None:
         """Remove the references that libraries keep to the model, so that its memory can be freed."""
         self._dense.close()
@@ -429,6 +435,7 @@ class HybridEngine:
             self.control,
             content=self._content,
             complete=self.complete,
+            stream=self.copy_stream,
         )
 
     def _state(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from trainer.config.features import MAX_TABLE_ROWS
 from trainer.config.precision import dense_settings, resolve_precision
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
+from trainer.data.format.growing_history import MOST_PLACES
 from trainer.data.format.schema import DatasetSpec
 from trainer.engine.build_engine import rows_per_rank
 from trainer.planning.accelerators import Cluster
@@ -26,7 +27,9 @@ from trainer.planning.exchange_traffic import RankTraffic, exchange_bytes, rank_
 from trainer.planning.ranker_model import RankerModel
 from trainer.planning.step_time import StepTime, step_time
 from trainer.planning.table_memory import RankTables, optimizer_bytes, rank_tables, table_bytes
-from trainer.ranking.device_histories import AUTO_SHARE, entry_bytes, refusal
+from trainer.ranking.device_entries import entry_bytes
+from trainer.ranking.device_histories import AUTO_SHARE, refusal
+from trainer.ranking.growing_device_histories import places_for
 from trainer.sparse.dynamic_ids import ID_BYTES
 from trainer.sparse.planner import (
     RESERVED_SHARE,
@@ -300,7 +303,8 @@ def _searched_histories(model: RankerModel, config: JobConfig, spec: DatasetSpec
     Args:
         model: the model.
         config: the job.
-        spec: description of the dataset. Each exposure may be a visit of a history, and every rank has as many.
+        spec: description of the dataset. Each exposure may be a visit of a history, and every rank has as many. Those
+            of a stream are counted with the largest number of places that each may take.
         cluster: the cluster.
         other: bytes of the other parts of the fullest rank, for a job that lets the free memory decide.
     """
@@ -309,8 +313,10 @@ def _searched_histories(model: RankerModel, config: JobConfig, spec: DatasetSpec
     if not model.features.needs_space or search.device == "cpu" or refusal(config):
         return 0
     vectors = sum(table.rows * padded_width(table.dim) for table in model.tables if table.name in search.tables)
-    entries = math.ceil(spec.exposures / cluster.gpus)
-    needed = entries * entry_bytes(model.features) + vectors * np.dtype(search.dtype).itemsize
+    places = math.ceil(spec.exposures / cluster.gpus)
+    if config.stream is not None:
+        places = places_for(MOST_PLACES * places)
+    needed = places * entry_bytes(model.features) + vectors * np.dtype(search.dtype).itemsize
     if automatic and (figures.device == "cpu" or needed > AUTO_SHARE * (figures.memory_bytes - other)):
         return 0
     return needed

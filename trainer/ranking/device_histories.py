@@ -30,6 +30,8 @@ from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.history import Histories
 from trainer.data.loading.batch import RankingBatch
 from trainer.data.loading.batch_plan import partitions_of_rank
+from trainer.engine.hybrid_engine import HybridEngine
+from trainer.ranking.device_entries import DeviceEntries, entry_bytes
 from trainer.runtime.distributed import World
 
 logger = logging.getLogger(__name__)
@@ -37,60 +39,34 @@ logger = logging.getLogger(__name__)
 AUTO_SHARE = 0.5
 """Largest share of a GPU's free memory that histories and search vectors take with ``device = "auto"``."""
 
+UNLIMITED = 1 << 62
+"""Bytes that a job lets its histories take on a CPU."""
 
-class DeviceHistories:
-    """Entries of a rank's users on its device, which completes the batches whose searches were left to it.
+
+class DeviceSearches:
+    """Entries of histories and search vectors on a device, which complete the batches whose searches were left to it.
 
     Args:
         features: feature map of the model.
-        places: places of the entries on the device.
+        size: number of places of entries.
         space: search vectors.
         lengths: history that searches by dot product -> largest number of entries.
         device: device of the rank.
 
     Attributes:
-        places: as given.
+        entries: the entries, which a subclass writes.
     """
 
     def __init__(
-        self,
-        features: FeatureMap,
-        places: DevicePlaces,
-        space: SearchSpace,
-        lengths: dict[str, int],
-        device: torch.device,
+        self, features: FeatureMap, size: int, space: SearchSpace, lengths: dict[str, int], device: torch.device
     ) -> None:
-        self.places = places
+        self.entries = DeviceEntries(features, size, device)
         self._space, self._lengths, self._device = space, lengths, device
         self._tables = [name for name in ("item", "author") if name in space.tables(0)]
         self._direct = features.direct
-        entries = places.entries
-        self._columns = {
-            name: torch.empty(entries, dtype=_id_type(features, name), device=device) for name in ("item", "author")
-        }
-        self._context = torch.empty(entries, features.context_ids, dtype=torch.int32, device=device)
-        self._request_ms = torch.empty(entries, dtype=torch.int64, device=device)
-        begin, self._has_beyond = 0, False
-        for visits in places.read():
-            rows = features.entry_rows(visits)
-            here = slice(begin, begin + len(rows.item))
-            parts = (self._columns["item"], rows.item), (self._columns["author"], rows.author)
-            for target, values in (*parts, (self._context, rows.context), (self._request_ms, visits.request_ms)):
-                target[here] = torch.from_numpy(np.asarray(values)).to(target.dtype).to(device)
-            begin, self._has_beyond = here.stop, self._has_beyond or rows.beyond > 0
         self._version: int | None = None
         self._vectors: dict[str, Tensor] = {}
         self._search = _kernel(device)
-        if device.type == "cuda":
-            # Batches are searched on a stream of their own.
-            torch.cuda.synchronize(device)
-
-    @staticmethod
-    def bytes_needed(features: FeatureMap, places: DevicePlaces, space: SearchSpace) -> int:
-        """Return the bytes of memory that the histories and a version of the search vectors take on the device."""
-        vectors = sum(values.nbytes for values in space.at(0).values())
-        later = sum(values.nbytes for values in space.at(1).values()) if space.refresh_steps else 0
-        return places.entries * entry_bytes(features) + max(vectors, later)
 
     def complete(self, batch: RankingBatch) -> RankingBatch:
         """Make the searches that are left to the device, on the current stream, and write the ids of their entries.
@@ -116,25 +92,69 @@ class DeviceHistories:
                 keyed.keys(), keyed.offset_per_key()[:-1], keyed.offset_per_key()[1:], strict=True
             )
         }
-        parts = [DevicePart(self._columns[name], ids[name], self._vectors[name]) for name in self._tables]
+        entries = self.entries
+        parts = [DevicePart(entries.ids[name], ids[name], self._vectors[name]) for name in self._tables]
         beyond = []
         for name, longest in left.longest.items():
             first, stop = left.run(name)
             length = self._lengths[name]
             at, row = _found(self._search(first, stop, length, *parts, longest=longest), stop - first, ids, name)
-            for table, column in self._columns.items():
+            for table, column in entries.ids.items():
                 ids[f"{name}_{table}"].copy_(column[at])
-                if self._has_beyond and table in self._direct:
+                if entries.has_beyond and table in self._direct:
                     # Row 0 of a table with direct ids is that of ids beyond it.
                     beyond.append((ids[f"{name}_{table}"] == 0).sum())
-            context = self._context[at].long()
-            context[:, AGE_PLACE] += _gap_bucket(left.as_of_ms[row] - self._request_ms[at])
+            context = entries.context[at].long()
+            context[:, AGE_PLACE] += _gap_bucket(left.as_of_ms[row] - entries.request_ms[at])
             ids[f"{name}_context"].copy_(context.view(-1))
         return replace(batch, left=None, searched_beyond=torch.stack(beyond).sum() if beyond else None)
 
 
+class DeviceHistories(DeviceSearches):
+    """Histories of a dataset on the device of a rank: the entries of its users.
+
+    Args:
+        features: feature map of the model.
+        places: places of the entries on the device.
+        space: search vectors.
+        lengths: history that searches by dot product -> largest number of entries.
+        device: device of the rank.
+
+    Attributes:
+        places: as given.
+    """
+
+    def __init__(
+        self,
+        features: FeatureMap,
+        places: DevicePlaces,
+        space: SearchSpace,
+        lengths: dict[str, int],
+        device: torch.device,
+    ) -> None:
+        super().__init__(features, places.entries, space, lengths, device)
+        self.places, begin = places, 0
+        for visits in places.read():
+            stop = begin + len(visits.item_id)
+            self.entries.write(np.arange(begin, stop), visits)
+            begin = stop
+        if device.type == "cuda":
+            # Batches are searched on a stream of their own.
+            torch.cuda.synchronize(device)
+
+    @staticmethod
+    def bytes_needed(features: FeatureMap, places: DevicePlaces, space: SearchSpace) -> int:
+        """Return the bytes of memory that the histories and a version of the search vectors take on the device."""
+        return places.entries * entry_bytes(features) + vector_bytes(space)
+
+
 def open_device_histories(
-    config: JobConfig, features: FeatureMap, histories: Histories, space: SearchSpace | None, world: World
+    config: JobConfig,
+    features: FeatureMap,
+    histories: Histories,
+    space: SearchSpace | None,
+    world: World,
+    engine: HybridEngine,
 ) -> DeviceHistories | None:
     """Copy the histories of a rank to its device, if the job searches there; None if the loader searches. Collective.
 
@@ -144,28 +164,59 @@ def open_device_histories(
         histories: histories of the dataset.
         space: search vectors; None if no history searches by dot product.
         world: ranks of the job.
+        engine: the model, whose memory comes first.
 
     Raises:
         UserError: the job asks for searches on a GPU whose memory is too small.
     """
-    where = config.features.search.device
-    if space is None or where == "cpu":
-        return None
-    if where == "auto" and (world.device.type != "cuda" or refusal(config)):
+    if space is None or not is_wanted(config, world):
         return None
     partitions = features.spec.partitions
     places = DevicePlaces(histories, partitions, partitions_of_rank(partitions, world.rank, world.size))
     needed = DeviceHistories.bytes_needed(features, places, space)
-    what = f"{places.entries:,} visits and the search vectors take {size_text(needed)}"
-    if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        if where == "device":
-            _refuse_if_too_large(what, needed, free, world)
-        if where == "auto" and needed > AUTO_SHARE * free:
-            logger.info(f"histories are searched by the loader: {what} of {size_text(free)} that are free on the GPU")
-            return None
-    logger.info(f"histories are searched on {world.device}: {what}")
+    if memory_for(config, f"{places.entries:,} visits and the search vectors", needed, world, engine) is None:
+        return None
     return DeviceHistories(features, places, space, searched_lengths(config.features), world.device)
+
+
+def is_wanted(config: JobConfig, world: World) -> bool:
+    """True if the searches of a job by dot product are to be made on its device, if that has the memory."""
+    where = config.features.search.device
+    return where == "device" or (where == "auto" and world.device.type == "cuda" and not refusal(config))
+
+
+def memory_for(config: JobConfig, what: str, needed: int, world: World, engine: HybridEngine) -> int | None:
+    """Return the bytes that a job lets its histories take on its device; None if the loader searches. Collective.
+
+    The first step of a job allocates more: the state of its optimizer is allocated here, before the free memory is
+    read, and its gradients are left free. The size of its activations is not known yet.
+
+    Args:
+        config: the job, whose searches are wanted on the device.
+        what: what would be copied, for messages.
+        needed: its bytes.
+        world: ranks of the job.
+        engine: the model.
+
+    Raises:
+        UserError: the job asks for searches on a GPU whose memory is too small.
+    """
+    text = f"{what} take {size_text(needed)}"
+    if world.device.type != "cuda":
+        logger.info(f"histories are searched on {world.device}: {text}")
+        return UNLIMITED
+    gradients = engine.allocate()
+    free = max(torch.cuda.mem_get_info(world.device)[0] - gradients, 0)
+    if config.features.search.device == "device":
+        _refuse_if_too_large(text, needed, free, world)
+        limit = free
+    else:
+        limit = int(AUTO_SHARE * free)
+        if needed > limit:
+            logger.info(f"histories are searched by the loader: {text} of {size_text(free)} that are free on the GPU")
+            return None
+    logger.info(f"histories are searched on {world.device}: {text}")
+    return limit
 
 
 def _refuse_if_too_large(what: str, needed: int, free: int, world: World) -> None:
@@ -176,21 +227,20 @@ def _refuse_if_too_large(what: str, needed: int, free: int, world: World) -> Non
         raise UserError(problem)
 
 
+def vector_bytes(space: SearchSpace) -> int:
+    """Return the bytes of memory that a version of the search vectors takes on the device."""
+    vectors = sum(values.nbytes for values in space.at(0).values())
+    later = sum(values.nbytes for values in space.at(1).values()) if space.refresh_steps else 0
+    return max(vectors, later)
+
+
 def searched_lengths(config: FeatureConfig) -> dict[str, int]:
     """Return history that searches by dot product -> largest number of entries."""
     return {name: history.length for name, history in config.history.items() if history.search == "top"}
 
 
-def entry_bytes(features: FeatureMap) -> int:
-    """Return the bytes of memory that an entry of the histories takes on the device."""
-    ids = sum(_id_type(features, name).itemsize for name in ("item", "author"))
-    return ids + torch.int64.itemsize + torch.int32.itemsize * features.context_ids
-
-
 def refusal(config: JobConfig) -> str | None:
     """Return why a job's histories cannot be searched on a device; None if they can."""
-    if config.stream is not None:
-        return "the histories of a stream grow, and only the histories of a dataset can be searched on a device"
     for name, codes in config.features.codes.items():
         if codes.history != "none":
             return f"features.codes.{name}.history = {codes.history!r} needs the entries in the loader"
@@ -219,11 +269,6 @@ def _kernel(device: torch.device) -> Callable[..., Tensor]:
     from modules.search import triton_kernel
 
     return triton_kernel.top
-
-
-def _id_type(features: FeatureMap, name: str) -> torch.dtype:
-    """Return the type of a column of ids: those of dynamic tables are any numbers, others are rows of a table."""
-    return torch.int64 if name in features.dynamic else torch.int32
 
 
 def _found(places: Tensor, sizes: Tensor, ids: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from trainer.checkpoint.run_directory import compiled_parts
 from trainer.checkpoint.tracked_metrics import write_metrics
 from trainer.config.ranker import JobConfig
 from trainer.console.run_log import set_step
-from trainer.data.features.device_places import DevicePlaces
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.dataset import Dataset
@@ -31,6 +30,7 @@ from trainer.ranking.evaluation import (
     predict,
     read_truth,
 )
+from trainer.ranking.growing_device_histories import GrowingDeviceHistories, open_growing_histories
 from trainer.ranking.held_out_rows import HELD_OUT, write_held_out
 from trainer.ranking.metrics_table import metrics_table
 from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
@@ -76,7 +76,8 @@ class ModelTraining:
         stream: of this rank, if the job trains on a stream.
         space: vectors that histories are searched with, if a search needs any.
         searching: renews ``space`` while the model is trained.
-        on_device: histories that the device searches; None if the loader searches.
+        on_device: histories of the dataset that the device searches; None if the loader searches.
+        growing: histories of the stream that the device searches; None if they are searched on the host.
     """
 
     kind: RankerKind
@@ -89,11 +90,7 @@ class ModelTraining:
     space: SearchSpace | None
     searching: SearchSpaceRefresher | None
     on_device: DeviceHistories | None
-
-    @property
-    def left_to(self) -> DevicePlaces | None:
-        """Places of the histories on the device that the loaders leave searches to."""
-        return None if self.on_device is None else self.on_device.places
+    growing: GrowingDeviceHistories | None
 
 
 def finished_report(model_dir: Path, world: World) -> dict[str, Any] | None:
@@ -140,11 +137,17 @@ def prepare_model(
     searching = None if space is None else SearchSpaceRefresher(space, config, features, engine, world)
     if searching is not None:
         searching.begin()
-    on_device = open_device_histories(config, features, job.data.histories, space, world)
-    if on_device is not None:
-        engine.complete = on_device.complete
+    on_device = growing = None
+    if stream is None:
+        on_device = open_device_histories(config, features, job.data.histories, space, world, engine)
+    else:
+        growing = open_growing_histories(config, features, stream.histories, space, world, engine)
+    if searches := on_device or growing:
+        engine.complete = searches.complete
     set_step(state.step)
-    return ModelTraining(kind, model_dir, engine, state, position, checkpoints, stream, space, searching, on_device)
+    return ModelTraining(
+        kind, model_dir, engine, state, position, checkpoints, stream, space, searching, on_device, growing
+    )
 
 
 def train_model(job: RankerJob, model: ModelTraining) -> None:
@@ -172,6 +175,7 @@ def train_model(job: RankerJob, model: ModelTraining) -> None:
                 preemption=job.preemption,
                 model_dir=model.model_dir,
                 searching=model.searching,
+                on_device=model.growing,
             )
         return
     loader = training_loader(
@@ -183,7 +187,7 @@ def train_model(job: RankerJob, model: ModelTraining) -> None:
         model.position,
         space=model.space,
         first_step=model.state.step,
-        left_to=model.left_to,
+        left_to=None if model.on_device is None else model.on_device.places,
     )
     train(
         model.engine,
@@ -213,7 +217,8 @@ def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None,
     # Training is over and saved, so the weights of the last step are needed no more.
     model.engine.use_average()
     frozen = freeze_at_end_of_training(config, job.data, job.split)
-    loader = held_out_loader(config, job.data, job.split, job.features, job.world, frozen, model.space, model.left_to)
+    left_to = None if (on_device := _searches_of_evaluation(job, model)) is None else on_device.places
+    loader = held_out_loader(config, job.data, job.split, job.features, job.world, frozen, model.space, left_to)
     held_out = predict(model.engine, loader, quiet=job.world.rank > 0)
     control = job.world.control
     truth = read_truth(config.data.path, held_out, behaviours)
@@ -228,6 +233,18 @@ def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None,
             model.model_dir / ATTENTION_EXAMPLES, model.engine, held_out, behaviours, inputs, job.world
         )
     return report, calibration_curve(held_out, behaviours, control)
+
+
+def _searches_of_evaluation(job: RankerJob, model: ModelTraining) -> DeviceHistories | None:
+    """Return the histories of the dataset on the device; held-out rows read them after a stream too. Collective."""
+    if model.stream is None:
+        return model.on_device
+    if model.growing is not None:
+        model.growing.release()
+    histories = job.data.histories
+    found = open_device_histories(job.config, job.features, histories, model.space, job.world, model.engine)
+    model.engine.complete = None if found is None else found.complete
+    return found
 
 
 def write_results(

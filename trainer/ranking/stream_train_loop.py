@@ -32,11 +32,13 @@ from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.engine.build_engine import rows_per_rank
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
 from trainer.ranking.checkpoints import Checkpoints
+from trainer.ranking.growing_device_histories import GrowingDeviceHistories
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.train_loop import keep_batch, write_scalars
 from trainer.ranking.training_state import TrainingState
 from trainer.ranking.training_stream import TrainingStream
 from trainer.runtime.distributed import World
+from trainer.runtime.host_copy import HostCopy
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.runtime.scalars import open_scalars
 from trainer.runtime.watchdog import Watchdog
@@ -59,6 +61,7 @@ def train_stream(
     preemption: Preemption,
     model_dir: Path,
     searching: SearchSpaceRefresher | None = None,
+    on_device: GrowingDeviceHistories | None = None,
 ) -> None:
     """Train slice by slice until the stream of every rank has ended.
 
@@ -73,6 +76,7 @@ def train_stream(
         preemption: tells if this process was asked to stop.
         model_dir: directory of the model's files.
         searching: updates the vectors of the history search; None without such a search.
+        on_device: copy of the histories on the device, which searches them; None if they are searched on the host.
 
     Raises:
         UserError: the stream cannot be read any further; the loss is not finite; a checkpoint cannot be written.
@@ -81,7 +85,7 @@ def train_stream(
     settings = config.stream
     assert settings is not None
     slices = TimeSlices(reader, world, stream.slice_ms, settings.linger_seconds if settings.endless else None)
-    trainer = _StreamTrainer(engine, stream, state, config, world, model_dir, searching)
+    trainer = _StreamTrainer(engine, stream, state, config, world, model_dir, searching, on_device)
     engine.set_learning_rate(config.tables.learning_rate, config.optimizer.learning_rate)
     saved_step, pushed = state.step, 0
     with (
@@ -145,16 +149,18 @@ class _StreamTrainer:
         world: World,
         model_dir: Path,
         searching: SearchSpaceRefresher | None,
+        on_device: GrowingDeviceHistories | None,
     ) -> None:
         assert config.stream is not None
         self._engine, self._stream, self._state, self._config, self._world = engine, stream, state, config, world
-        self._model_dir, self._searching = model_dir, searching
+        self._model_dir, self._searching, self._on_device = model_dir, searching, on_device
         self._flush_ms = round(config.stream.flush_seconds * 1000)
         self._batch_rows = rows_per_rank(config, world.size)
         self._endless = config.stream.endless
         self._flushed_at = time.monotonic()
         self._lag = (0, 0)
         self._beyond: Counter[str] = Counter()
+        self._searched_beyond: torch.Tensor | None = None
         self._missing, self._missing_logged = MissingTally(), False
         self._loss = float("nan")
         self._scalars = None
@@ -194,6 +200,9 @@ class _StreamTrainer:
         Raises:
             UserError: the loss is not finite.
         """
+        # The histories stay as they are until the next slice is taken.
+        if self._on_device is not None and not self._on_device.update():
+            self._on_device = None
         # Predictions come first: a prediction must not know the labels that train the model now.
         self._predict()
         try:
@@ -233,7 +242,10 @@ class _StreamTrainer:
         parts = _split(requests, np.array(cuts, np.int64))
         # A rank without requests takes part with no batch, because the lookup of ids is collective.
         predictions = self._engine.predict(self._batch(part) for part in parts if len(part["user_id"]))
-        logits = [logits.cpu().numpy() for _, logits in predictions]
+        logits = []
+        for batch, of_batch in predictions:
+            self._count_beyond(batch)
+            logits.append(of_batch.cpu().numpy())
         stream.live.add_predictions(requests, np.concatenate([np.empty((0, len(stream.features.behaviours))), *logits]))
         outcomes = stream.live.take_outcomes()
         columns = stream.features.label_columns
@@ -273,6 +285,7 @@ class _StreamTrainer:
     def _count(self, rows: Rows, result: StepResult) -> None:
         """Advance the training state by a step, and count the freshness of its positives."""
         state, freshness = self._state, self._stream.freshness
+        self._count_beyond(result.batch)
         state.advance(result)
         set_step(state.step)
         state.when_read(partial(self._keep_loss, result))
@@ -289,9 +302,7 @@ class _StreamTrainer:
     def _prepare_entry(self) -> Callable[[], None]:
         """Log the missing inputs, and return a function that adds the entry of the metric history. Collective."""
         state = self._state
-        if self._beyond:
-            logger.info(f"step {state.step:,}: {beyond_message(self._beyond)}")
-            self._beyond.clear()
+        log_beyond = self._prepare_beyond()
         missing, self._missing = self._missing, MissingTally()
         # At first, and when most candidates lack a code: then the file ends too early, or the store is not filled.
         if missing.counts and (not self._missing_logged or missing.mostly):
@@ -308,14 +319,43 @@ class _StreamTrainer:
                 for name, value in (lag | missing.shares()).items():
                     self._scalars.add_scalar(name, value, step)
 
-        return lambda: state.record_entry(step, ids, lag, write)
+        def record() -> None:
+            log_beyond()
+            state.record_entry(step, ids, lag, write)
+
+        return record
+
+    def _count_beyond(self, batch: RankingBatch) -> None:
+        """Count the direct ids beyond their tables that the device has found for a batch."""
+        if (found := batch.searched_beyond) is not None:
+            self._searched_beyond = found if self._searched_beyond is None else self._searched_beyond + found
+
+    def _prepare_beyond(self) -> Callable[[], None]:
+        """Return a function that logs the direct ids beyond their tables so far, and begin to count anew."""
+        beyond, searched, step = self._beyond, self._searched_beyond, self._state.step
+        self._beyond, self._searched_beyond = Counter(), None
+        copy = None if searched is None else HostCopy([searched])
+
+        def log() -> None:
+            if copy is not None:
+                beyond["histories"] += round(sum(copy.numbers()))
+            if beyond.total():
+                logger.info(f"step {step:,}: {beyond_message(beyond)}")
+
+        return log
 
     def _batch(self, rows: Rows) -> RankingBatch:
         """Return rows as a batch of the model, with histories as of each request."""
         stream = self._stream
         space = self._state.space
         vectors = None if space is None else space.at(space.newest)
-        packed = stream.features.pack(rows, stream.histories, rows["request_ms"], vectors)
+        searched = vectors if self._on_device is None else self._on_device.places
+        packed = stream.features.pack(rows, stream.histories, rows["request_ms"], searched)
+        if space is not None:
+            packed = replace(packed, version=space.newest)
+        if self._world.device.type == "cuda":
+            # Copies from pageable memory would wait for the device.
+            packed = packed.pin_memory()
         self._beyond.update(packed.beyond)
         self._missing.add(packed.missing)
         batch = unpack(packed, stream.features.layout, {})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import gpu, gpu_steps
+from benchmarks.speed import gpu, gpu_steps, gpu_stream_steps
 from benchmarks.speed.gpu_steps import Missing, Step
 
 
@@ -59,6 +59,15 @@ def test_the_device_finds_the_entries_of_the_loaders_searches() -> None:
     assert found["visits"] > 1000 and found["batches"] == 4 and found["ids_that_differ"] == 0
 
 
+@pytest.mark.slow
+def test_the_device_finds_the_entries_of_histories_that_grow() -> None:
+    found: dict[str, Any] = {}
+    for part in gpu_stream_steps.stream_searches(small=True):
+        found |= part
+    assert found["visits at last"] > found["visits at first"] > 1000
+    assert found["batches"] == 4 and found["ids_that_differ"] == 0
+
+
 def test_attention_of_packed_samples_is_the_same_by_a_dense_mask_and_by_blocks() -> None:
     found: dict[str, Any] = {}
     for part in gpu_steps.packed_attention(small=True):
@@ -77,14 +86,15 @@ def test_a_step_that_needs_a_gpu_says_so(name: str, in_this_process: None, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["process_group", "zero", "compile", "language_model", "job", "dynamic_job", "searched_job"]
+    "name",
+    ["process_group", "zero", "compile", "language_model", "job", "dynamic_job", "searched_job", "searched_stream"],
 )
 def test_a_step_in_a_process_of_its_own(name: str, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     gpu.main(["--small", f"--out={out}", "--steps", name])
     step = json.loads(out.read_text())["steps"][name]
     assert set(step) == {"seconds", "result"}
-    if name in ("job", "dynamic_job", "searched_job"):
+    if name in ("job", "dynamic_job", "searched_job", "searched_stream"):
         # A GPU adds in another order, and gradients of one id in any order.
         tolerance = 1e-3 if torch.cuda.is_available() else 0
         assert step["result"]["largest_difference_to_cpu"] <= tolerance

@@ -15,6 +15,7 @@ from modules.search import search as gsu
 from modules.search.search import SearchPart, SearchResult, SearchVectors
 from trainer.config.features import FeatureConfig
 from trainer.data.features.device_places import DevicePlaces, DeviceRun
+from trainer.data.features.growing_places import GrowingPlaces
 from trainer.data.features.id_map import IdMap
 from trainer.data.format.history import Histories, HistorySlice
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows
@@ -22,7 +23,7 @@ from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows
 Space = Mapping[str, np.ndarray]
 """Table -> search vectors of its rows, see ``modules.search.search.SearchVectors.values``."""
 
-Searched = Space | DevicePlaces
+Searched = Space | DevicePlaces | GrowingPlaces
 """Input of a search by dot product: vectors, or the places of the entries on a device that makes the search."""
 
 
@@ -115,6 +116,9 @@ class HistoryReader:
             runs = first[:, domain].copy(), stop[:, domain].copy()
             if search == "top" and isinstance(space, DevicePlaces):
                 left[name] = space.left(rows["user_id"], *runs, length)
+                continue
+            if search == "top" and isinstance(space, GrowingPlaces):
+                left[name] = space.left(*runs, length)
                 continue
             if search == "author":
                 found = gsu.same_author(*runs, length, histories.column("author_id"), rows["author_id"])

@@ -8,6 +8,7 @@ saved in checkpoints; the stored visits are read again from the dataset.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +27,35 @@ SLACK = HISTORY_LIMIT // 4
 _SPARE = 1_000
 """Unused entries that are always allowed, however few are in use."""
 
+MOST_PLACES = 6
+"""Largest number of places for each entry: four before runs are moved, and two for each entry that moves."""
+
 _NOBODY = -1
 """Partition of users who have not occurred in the stream yet."""
+
+
+class RunChanges(NamedTuple):
+    """Runs of growing histories that may have changed since they were last asked for.
+
+    Attributes:
+        run: ``[n]`` int64, numbers of the runs, which they keep: user by user, domain by domain.
+        begin: ``[n]`` int64, place of the first entry of each run.
+        end: ``[n]`` int64, place after the last one.
+        dropped: ``[n]`` int64, number of entries that have been dropped from the beginning of each run so far.
+        reordered: ``[n]`` bool, True if entries have changed their order. Otherwise a run has lost entries at its
+            beginning and got others at its end, if at all.
+        compacted: True if the columns are new ones, without the gaps; then these are all runs. Otherwise runs have
+            moved to places that none had before.
+        size: number of places in use, gaps and spare room of runs among them.
+    """
+
+    run: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    dropped: np.ndarray
+    reordered: np.ndarray
+    compacted: bool
+    size: int
 
 
 class GrowingHistories(Histories):
@@ -48,10 +76,14 @@ class GrowingHistories(Histories):
         self._since_ms = since_ms
         self._matches = {}
         self._users = IdIndex()
-        self._begin = self._end = self._room = np.zeros((0, len(DOMAINS)), np.int64)
+        self._begin = self._end = self._room = self._dropped = np.zeros((0, len(DOMAINS)), np.int64)
         self._owner = np.zeros(0, np.int64)
         self._entries = {name: np.zeros(0, dtype) for name, dtype in ENTRY_COLUMNS.items()}
         self._used = self._live = 0
+        # Users with new entries, and those of them whose entries were sorted anew; None if nobody asks for changes.
+        self._changed: list[np.ndarray] | None = None
+        self._reordered: set[int] = set()
+        self._compacted = False
         self._passed = dict.fromkeys(sorted(partitions), since_ms)
         self._still_open = _stored_visits(stored, is_owned, since_ms)
         self._append(self._ended_by_now())
@@ -67,6 +99,23 @@ class GrowingHistories(Histories):
         self._passed[partition] = until_ms
         self._append(_joined([self._ended_by_now(), visits]))
         self._owner[self._users.find(visits["user_id"])] = partition
+
+    @property
+    def places(self) -> int:
+        """Number of places in use: entries, gaps between them and spare room; at most :data:`MOST_PLACES` an entry."""
+        return self._used
+
+    def changes(self) -> RunChanges:
+        """Return the runs that may have changed since the last call; the first call returns all and begins to count."""
+        users = np.arange(len(self._users))
+        if self._changed is not None and not self._compacted:
+            users = np.unique(np.concatenate([np.zeros(0, np.int64), *self._changed]))
+        run = (users[:, None] * len(DOMAINS) + np.arange(len(DOMAINS))).reshape(-1)
+        begin, end, dropped = (column.reshape(-1)[run] for column in (self._begin, self._end, self._dropped))
+        reordered = np.isin(run // len(DOMAINS), list(self._reordered))
+        found = RunChanges(run, begin, end, dropped, reordered, self._compacted, self._used)
+        self._changed, self._reordered, self._compacted = [], set(), False
+        return found
 
     def state_dict(self) -> dict[int, Columns]:
         """Return partition -> the visits that were added, as ``VISIT_COLUMNS``, and ``until_ms``."""
@@ -134,6 +183,9 @@ class GrowingHistories(Histories):
         for user in behind.tolist():
             self._restore_order(user)
         self._drop_oldest(users)
+        if self._changed is not None:
+            self._changed.append(users)
+            self._reordered.update(behind.tolist())
 
     def _last_known_ms(self, users: np.ndarray) -> np.ndarray:
         """Return the end of the latest visit of each user, ``[n]``; the smallest int64 for users without visits."""
@@ -149,7 +201,7 @@ class GrowingHistories(Histories):
         A visit that was open when the stream began is added when all partitions have passed its end. In a live stream
         the partitions do not pass it at the same moment, so later visits can already be there.
         """
-        at = _ranges(self._begin[user], self._end[user] - self._begin[user])
+        at = ranges(self._begin[user], self._end[user] - self._begin[user])
         domain = np.repeat(np.arange(len(DOMAINS)), self._end[user] - self._begin[user])
         order = np.argsort(self._entries["known_ms"][at], kind="stable")
         self._entries["ordinal"][at[order]] = np.arange(len(at))
@@ -162,9 +214,9 @@ class GrowingHistories(Histories):
         if len(self._users) > len(self._begin):
             # The size doubles, so that users who arrive one by one do not each cost a copy.
             more = 2 * len(self._users) - len(self._begin)
-            self._begin, self._end, self._room = (
+            self._begin, self._end, self._room, self._dropped = (
                 np.concatenate([column, np.zeros((more, len(DOMAINS)), np.int64)])
-                for column in (self._begin, self._end, self._room)
+                for column in (self._begin, self._end, self._room, self._dropped)
             )
             self._owner = np.concatenate([self._owner, np.full(more, _NOBODY)])
 
@@ -191,7 +243,7 @@ class GrowingHistories(Histories):
         first = self._used + np.cumsum(sizes) - sizes
         self._used += needed
         self._reserve(self._used)
-        source, target = _ranges(begin[runs], lengths), _ranges(first, lengths)
+        source, target = ranges(begin[runs], lengths), ranges(first, lengths)
         for column in self._entries.values():
             column[target] = column[source]
         # Searches by behaviour look at the bits of all entries; those that are no longer used must not match.
@@ -220,21 +272,23 @@ class GrowingHistories(Histories):
                 ordinal -= drop
                 self._entries["bits"][begin : begin + gone] = 0
                 self._begin[user, domain] += gone
+                self._dropped[user, domain] += gone
                 self._live -= gone
 
     def _compact(self) -> None:
         """Copy all runs into new columns without gaps between them."""
         lengths = (self._end - self._begin).reshape(-1)
-        source = _ranges(self._begin.reshape(-1), lengths)
+        source = ranges(self._begin.reshape(-1), lengths)
         self._entries = {name: column[source] for name, column in self._entries.items()}
         self._end = np.cumsum(lengths).reshape(self._end.shape)
         self._begin, self._room = self._end - lengths.reshape(self._end.shape), self._end.copy()
         self._used = self._live = len(source)
+        self._compacted = self._changed is not None
 
     def _visits(self, users: np.ndarray) -> Columns:
         """Return all entries of some users (by number) as ``VISIT_COLUMNS``, each user's in order of their end."""
         begin, lengths = self._begin[users].reshape(-1), (self._end - self._begin)[users].reshape(-1)
-        at = _ranges(begin, lengths)
+        at = ranges(begin, lengths)
         columns = {name: self._entries[name][at] for name in ENTRY_COLUMNS}
         columns["user_id"] = np.repeat(np.repeat(self._users.ids[users], len(DOMAINS)), lengths)
         columns["domain"] = np.repeat(np.tile(np.arange(len(DOMAINS), dtype=np.uint8), len(users)), lengths)
@@ -250,7 +304,7 @@ def _stored_visits(stored: Histories, is_owned: Callable[[np.ndarray], np.ndarra
     parts = []
     for domain in range(len(DOMAINS)):
         begin, end = (ends[:, domain] for ends in stored._runs(user_id))
-        at = _ranges(begin, end - begin)
+        at = ranges(begin, end - begin)
         user = np.repeat(user_id, end - begin)
         before = stored.column("request_ms")[at] < since_ms
         at, user = at[before], user[before]
@@ -271,7 +325,7 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in VISIT_COLUMNS}
 
 
-def _ranges(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return the positions ``first[k], first[k] + 1, ...`` for all k, ``lengths[k]`` each, ``[lengths.sum()]``."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - lengths), lengths)
