@@ -10,9 +10,9 @@ on the days after training, the best possible (that of the true probabilities), 
 variants to the full model of the same seed, in points, with 95 % intervals over the seeds (Student's t). Table 4 is the
 difference without any short video in any search, by activity of the users.
 
-The result of a variant and a seed is kept under ``--work`` and never measured again, so the same command continues a
-benchmark that was stopped, by ``--minutes`` or otherwise. Two processes can share the directory, each with seeds of its
-own.
+The result of a variant and a seed is kept under ``--work`` and is not measured again, unless its job or the world has
+changed. So the same command continues a benchmark that was stopped, by ``--minutes`` or otherwise. Two processes can
+share the directory, each with seeds of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.kept_work import begin_work
-from benchmarks.measure import make_parser, write_result
+from benchmarks.measure import make_parser, slug, write_result
 from benchmarks.quality.cross_report import (
     FULL,
     GROUPS,
@@ -41,6 +41,7 @@ from benchmarks.quality.cross_report import (
     summarise,
     tables,
 )
+from benchmarks.quality.kept_runs import KeptTables, kept_facts
 from benchmarks.quality.ranker_runs import subset, train_and_predict
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.outputs import local_argument
@@ -123,25 +124,49 @@ def activity(world: Path) -> np.ndarray:
 
 def result_file(work: Path, variant: str, seed: int) -> Path:
     """Return the file in which the result of a variant and a seed is kept."""
-    return work / "results" / f"{variant.replace(' ', '-')}-{seed}.json"
+    return work / "results" / f"{slug(variant)}-{seed}.json"
+
+
+def kept_result(work: Path, variant: str, seed: int, key: str) -> VariantResult | None:
+    """Return the kept result of a variant and a seed; None if there is none, or one of another job or world."""
+    facts = kept_facts(result_file(work, variant, seed), key)
+    return None if facts is None else VariantResult(**facts)
 
 
 def run_missing(options: argparse.Namespace, path: Path) -> None:
     """Run the variants that have no result yet, seed by seed, until ``options.minutes`` are over."""
-    planned = [(variant, seed) for seed in options.seeds for variant in options.variants]
-    missing = [(variant, seed) for variant, seed in planned if not result_file(options.work, variant, seed).exists()]
-    if not missing:
-        return
+    kept = KeptTables(options.work)
     stop = time.monotonic() + 60 * options.minutes
     with World.join("cpu") as world:
-        for variant, seed in missing:
+        for variant, seed in ((variant, seed) for seed in options.seeds for variant in options.variants):
+            job = job_of(variant, path, seed)
+            key = kept.key_of(job)
+            if kept_result(options.work, variant, seed, key) is not None:
+                continue
             if time.monotonic() > stop:
                 break
             print(f"{variant}, seed {seed}", file=sys.stderr, flush=True)
-            result = run(job_of(variant, path, seed), variant, world)
+            result = run(job, variant, world)
             file = result_file(options.work, variant, seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, vars(result))
+            write_json(file, vars(result) | {"key": key})
+
+
+def kept_results(work: Path, path: Path) -> list[VariantResult]:
+    """Return all kept results of the jobs of this version, those of other seeds than asked for too."""
+    kept, found = KeptTables(work), []
+    for variant in VARIANTS:
+        for file in sorted((work / "results").glob(f"{slug(variant)}-*.json")):
+            seed = file.stem.removeprefix(f"{slug(variant)}-")
+            # The name of one variant can begin with that of another.
+            if not seed.isdecimal():
+                continue
+            result = kept_result(work, variant, int(seed), kept.key_of(job_of(variant, path, int(seed))))
+            if result is None:
+                print(f"{file}: of another job or world than those of this version; left out", file=sys.stderr)
+            else:
+                found.append(result)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -164,8 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not path.exists():
         simulate_cross(path, options.users, options.days, PARTITIONS, WORLD_SEED)
     run_missing(options, path)
-    kept = sorted((options.work / "results").glob("*.json"))
-    runs = [VariantResult(**json.loads(file.read_text())) for file in kept]
+    runs = kept_results(options.work, path)
     if not any(run.variant == FULL for run in runs):
         sys.exit("limelight: error: no run of the full model is finished yet; the same command continues")
     result = summarise(runs, list(VARIANTS))

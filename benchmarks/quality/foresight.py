@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -57,9 +58,9 @@ from benchmarks.quality.foresight_world import (
     write_noisy_world,
     write_topic_codes,
 )
+from benchmarks.quality.kept_runs import KeptTables, kept_facts, train_once
 from benchmarks.quality.larm_report import Scores
 from benchmarks.quality.paired_users import DRAWS
-from benchmarks.quality.ranker_runs import train_and_predict
 from trainer.config.foresight import ForesightConfig, load_foresight
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.outputs import local_argument
@@ -106,6 +107,7 @@ class ForesightWork:
     def __init__(self, options: argparse.Namespace, world: World) -> None:
         self._options, self._ranks = options, world
         self._folder: Path = options.work
+        self._tables = KeptTables(self._folder)
         self.settings = make_settings(options.codes, options.noises, DEFAULT_NOISE)
         if options.settings:
             self.settings = {name: self.settings[name] for name in options.settings}
@@ -189,35 +191,43 @@ class ForesightWork:
         """Return the quality of a setting's predictor with a seed."""
         run = self._run(name, seed)
         file = run.with_suffix(".json")
-        if not file.exists():
-            if self._options.finished:
-                return None
-            print(f"predictor, {name}, seed {seed}", file=sys.stderr, flush=True)
-            started = time.process_time()
-            run_job(self._job(name, seed, NEVER), self._ranks, Preemption())
-            seconds = time.process_time() - started
-            data, parts = self._foreseen(name)
-            model = TrainedPredictor.open(run)
-            predictor, runs = model.predictor(), model.config.data.runs
-            quality = {
-                group: measure(predictor, data, part, runs, self._ranks.device).document()
-                for group, part in parts.items()
-            }
-            write_json(file, {"quality": quality, "seconds": seconds})
-        return read(file)
+        if self._options.finished and not file.exists():
+            return None
+        job = self._job(name, seed, NEVER)
+        key = self._tables.key_of(job)
+        facts = kept_facts(file, key)
+        if facts is not None or self._options.finished:
+            return facts
+        if file.exists():
+            # A predictor of another job, and what was made with it.
+            file.unlink()
+            for made in (run, run.parent / "forecasts"):
+                shutil.rmtree(made, ignore_errors=True)
+        print(f"predictor, {name}, seed {seed}", file=sys.stderr, flush=True)
+        started = time.process_time()
+        run_job(job, self._ranks, Preemption())
+        seconds = time.process_time() - started
+        data, parts = self._foreseen(name)
+        model = TrainedPredictor.open(run)
+        predictor, runs = model.predictor(), model.config.data.runs
+        quality = {
+            group: measure(predictor, data, part, runs, self._ranks.device).document() for group, part in parts.items()
+        }
+        facts = {"quality": quality, "seconds": seconds}
+        write_json(file, facts | {"key": key})
+        return facts
 
     def scores(self, variant: str, seed: int) -> Scores | None:
         """Return the predictions of a ranker."""
         file = self._scores_file(variant, seed)
-        if not file.exists():
-            if self._options.finished:
-                return None
-            print(f"ranker, {variant}, seed {seed}", file=sys.stderr, flush=True)
-            started = time.process_time()
-            found, behaviours = train_and_predict(self._ranker_job(variant, seed), self._ranks)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Scores.of(found, behaviours, time.process_time() - started).write(file)
-        return Scores.read(file)
+        if self._options.finished and not file.exists():
+            return None
+        job = self._ranker_job(variant, seed)
+        key = self._tables.key_of(job)
+        if self._options.finished and kept_facts(file, key) is None:
+            return None
+        train_once(file, job, self._ranks, f"ranker, {variant}, seed {seed}", key)
+        return Scores.read(file.with_suffix(".npz"))
 
     def _day(self, border: int, more: int = 0) -> str:
         """Return the date of a border, some days later."""
@@ -277,11 +287,11 @@ class ForesightWork:
         return forecasts / name
 
     def _scores_file(self, variant: str, seed: int) -> Path:
-        """Return the file of a ranker's predictions; with forecasts, it has the seed of their predictor in its name."""
+        """Return the file of a ranker's facts; with forecasts, it has the seed of their predictor in its name."""
         name = f"ranker-{slug(variant)}"
         if not {VECTOR, *CEILINGS}.issuperset(RANKERS[variant]):
             name += f"-forecasts-{self._options.seeds[0]}"
-        return self._folder / f"seed-{seed}" / f"{name}.npz"
+        return self._folder / f"seed-{seed}" / f"{name}.json"
 
     def _ranker_job(self, variant: str, seed: int) -> JobConfig:
         world = self.world()

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.kept_work import begin_work, content_of
+from benchmarks.kept_work import begin_work
 from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.attainable_bound import DRAWS as HIDDEN_DRAWS
 from benchmarks.quality.attainable_bound import kept_probabilities
@@ -51,7 +51,7 @@ from benchmarks.quality.full_report import (
     tables,
 )
 from benchmarks.quality.full_tables import PLACES, in_place, make_tables
-from benchmarks.quality.kept_runs import kept_facts, key_of
+from benchmarks.quality.kept_runs import KeptTables, kept_facts
 from benchmarks.quality.larm_report import Scores
 from benchmarks.quality.paired_users import DRAWS
 from benchmarks.quality.ranker_runs import continue_on_stream, trained_ranker
@@ -123,7 +123,7 @@ class FullWork:
         self._options, self._ranks = options, world
         self._folder: Path = options.work
         self.dataset = self._folder / "data/full/world"
-        self._contents: dict[str, str] = {}
+        self._tables = KeptTables(self._folder)
         self._eval_from = (FIRST_DAY + timedelta(days=options.days - 1)).isoformat()
 
     def make_tables(self) -> None:
@@ -150,12 +150,7 @@ class FullWork:
         """Return what identifies the training of a system: its jobs, the dataset, and the content of the tables."""
         # The stream continues the ranker of all other systems.
         names = (LAST_STORED, MOMENT) if name == MOMENT else (name,)
-        jobs = [self.job(each, seed, stream=each == MOMENT) for each in names]
-        tables = sorted({path for job in jobs for path in _paths_below(self._folder, job.model_dump(mode="json"))})
-        for path in tables:
-            if path != str(self.dataset) and path not in self._contents:
-                self._contents[path] = content_of(path)
-        return key_of(*jobs, more=" ".join(self._contents[path] for path in tables if path != str(self.dataset)))
+        return self._tables.key_of(*(self.job(each, seed, stream=each == MOMENT) for each in names))
 
     def job(self, name: str, seed: int, stream: bool) -> JobConfig:
         """Return the job of a system's ranker: the training on stored rows, or the stream of the last day."""
@@ -252,14 +247,6 @@ def _in_place(folder: Path, value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _in_place(folder, inner) for key, inner in value.items()}
     return in_place(folder, value) if isinstance(value, str) and value.startswith(PLACES) else value
-
-
-def _paths_below(folder: Path, value: Any) -> list[str]:
-    """Return the files and directories below a folder that settings name."""
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
-        return [path for each in inner for path in _paths_below(folder, each)]
-    return [value] if isinstance(value, str) and value.startswith(f"{folder}/") and Path(value).exists() else []
 
 
 def main(argv: Sequence[str] | None = None) -> None:

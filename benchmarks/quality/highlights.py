@@ -25,6 +25,8 @@ benchmark that was stopped.
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,8 +71,9 @@ from benchmarks.quality.highlight_rooms import (
     rule_predictions,
     truth_predictions,
 )
+from benchmarks.quality.kept_runs import KeptTables, kept_facts
 from benchmarks.quality.paired_users import DRAWS, Metric, paired_difference, user_rate
-from trainer.config.foresight import load_foresight
+from trainer.config.foresight import ForesightConfig, load_foresight
 from trainer.config.load import parse_time
 from trainer.console.errors import UserError
 from trainer.console.outputs import local_argument
@@ -82,6 +85,7 @@ from trainer.data.simulator.write_dataset import simulate
 from trainer.foresight import run_job
 from trainer.metrics.user_bootstrap import ResampledMetric
 from trainer.runtime.distributed import World
+from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption
 from trainer.semantic_ids.code_files import read_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion
@@ -152,6 +156,7 @@ class HighlightWork:
         self._options, self._ranks = options, world
         self._folder: Path = options.work
         self._tables: dict[tuple[str, int], np.ndarray] = {}
+        self._jobs = KeptTables(self._folder)
 
     @cached_property
     def dataset(self) -> Path:
@@ -225,15 +230,16 @@ class HighlightWork:
     def predictions(self, model: tuple[str, str], seed: int) -> tuple[Predictions, dict[str, float]]:
         """Return the predictions of a model for the test rooms, and facts about its training."""
         file = self._folder / f"seed-{seed}" / f"{slug('-'.join(model))}.npz"
-        if not file.exists():
+        schedule = HighlightTraining(self._options.epochs, self._options.rate, seed)
+        key = self._key(model, seed, schedule)
+        if _key_in(file) != key:
             print(f"{', '.join(model)}, seed {seed}", file=sys.stderr, flush=True)
             started = time.process_time()
-            schedule = HighlightTraining(self._options.epochs, self._options.rate, seed)
             found, best = train_and_predict(self._maker(model, seed), self.rooms, schedule)
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("wb") as out:
                 numbers = np.array([best["epoch"], best["mAP"], time.process_time() - started])
-                np.savez(out, predicted=np.concatenate(found), facts=numbers)
+                np.savez(out, predicted=np.concatenate(found), facts=numbers, key=np.array(key))
         with np.load(file, allow_pickle=False) as stored:
             ends = np.cumsum([len(room) for room in self.rooms.parts[TEST]])
             facts = dict(zip(("epoch", "mAP", "seconds"), stored["facts"].tolist(), strict=True))
@@ -249,15 +255,32 @@ class HighlightWork:
         longest = max(len(room) + len(room.history) for part in self.rooms.parts.values() for room in part)
         return lambda: SegmentsModel(SegmentInputs(*parts), names.kind, longest)
 
+    def _key(self, model: tuple[str, str], seed: int, schedule: HighlightTraining) -> str:
+        """Return what identifies the training of a model: its inputs and settings, and the job of the predictor."""
+        names = MODELS[model]
+        own = json.dumps([asdict(names), asdict(schedule), HISTORY, RECENT])
+        return self._jobs.key_of(self._predictor_job(seed), more=own) if "foresight" in names.row else own
+
+    def _predictor_job(self, seed: int) -> ForesightConfig:
+        """Return the job of Foresight's predictor, trained before the first border."""
+        overrides = [f"data.path={self.dataset}", f"data.codes={self.codes.path}"]
+        overrides += [f"data.codebook={self.version.path}", f"data.train_until={self._options.borders[0]}"]
+        overrides += [f"data.eval_from={NEVER}", f"run.seed={seed}"]
+        overrides += [f"run.directory={self._folder / f'seed-{seed}' / 'predictor'}"]
+        overrides += ["train.epochs=1", 'train.device="cpu"', *self._options.predictor]
+        return load_foresight(PREDICTOR_JOB, overrides)
+
     def _predictor(self, seed: int) -> TrainedPredictor:
-        """Return Foresight's predictor, trained before the first border."""
-        run = self._folder / f"seed-{seed}" / "predictor"
-        if not (run / "metrics.json").exists():
-            overrides = [f"data.path={self.dataset}", f"data.codes={self.codes.path}"]
-            overrides += [f"data.codebook={self.version.path}", f"data.train_until={self._options.borders[0]}"]
-            overrides += [f"data.eval_from={NEVER}", f"run.directory={run}", f"run.seed={seed}"]
-            overrides += ["train.epochs=1", 'train.device="cpu"', *self._options.predictor]
-            run_job(load_foresight(PREDICTOR_JOB, overrides), self._ranks, Preemption())
+        """Return Foresight's predictor, trained unless a run of the same job is there."""
+        job = self._predictor_job(seed)
+        run, key = Path(job.run.directory), self._jobs.key_of(job)
+        file = run.with_suffix(".json")
+        if kept_facts(file, key) is None:
+            if file.exists():
+                file.unlink()
+                shutil.rmtree(run, ignore_errors=True)
+            run_job(job, self._ranks, Preemption())
+            write_json(file, {"key": key})
         return TrainedPredictor.open(run)
 
     def _foreseen(self, seed: int) -> np.ndarray:
@@ -291,6 +314,14 @@ class HighlightWork:
             latest = (total[place] - total[begin]) / (place - begin)
             found[room.positions] = np.stack([score, latest, total[1:] / place], 1)
         return found
+
+
+def _key_in(file: Path) -> str | None:
+    """Return the key of kept predictions; None if there are none."""
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as stored:
+        return str(stored["key"]) if "key" in stored.files else None
 
 
 def measure_models(work: HighlightWork, seeds: Sequence[int]) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.kept_work import content_of
 from benchmarks.measure import slug
 from benchmarks.quality.larm_report import Scores
 from benchmarks.quality.ranker_runs import trained_ranker
+from trainer.config.foresight import ForesightConfig
 from trainer.config.ranker import JobConfig
 from trainer.config.staytime import StaytimeConfig
 from trainer.data.format.dataset import fingerprint
@@ -60,7 +62,45 @@ class KeptRun:
     seconds: float
 
 
-def key_of(*jobs: JobConfig | StaytimeConfig, more: str = "") -> str:
+Job = JobConfig | StaytimeConfig | ForesightConfig
+
+
+class KeptTables:
+    """Hashes of what a benchmark has made for its trainings: vectors, codes and codebooks. Each is read once.
+
+    Args:
+        folder: directory of the benchmark.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._contents: dict[Path, str] = {}
+
+    def key_of(self, *jobs: Job, more: str = "") -> str:
+        """Return :func:`key_of`, with the content of all paths below the directory that the jobs name.
+
+        The datasets and the directories of the runs are not among them.
+        """
+        left_out = {Path(path).absolute() for job in jobs for path in (job.data.path, job.run.directory)}
+        named = {path for job in jobs for path in self._paths(job.model_dump(mode="json"))}
+        found = sorted(named - left_out)
+        for path in (path for path in found if path not in self._contents):
+            self._contents[path] = content_of(path)
+        return key_of(*jobs, more=" ".join([*(self._contents[path] for path in found), *([more] if more else [])]))
+
+    def _paths(self, value: Any) -> list[Path]:
+        """Return the files and directories below the directory of the benchmark that settings name."""
+        if isinstance(value, dict | list):
+            inner = value.values() if isinstance(value, dict) else value
+            return [path for each in inner for path in self._paths(each)]
+        if not isinstance(value, str) or not value:
+            return []
+        # Jobs make some of their paths absolute.
+        path = Path(value).absolute()
+        return [path] if path.is_relative_to(self._folder) and path.exists() else []
+
+
+def key_of(*jobs: Job, more: str = "") -> str:
     """Return a hash of all settings of the jobs that make one training, and of the dataset that they read.
 
     Args:
@@ -83,7 +123,7 @@ def kept_facts(file: Path, key: str) -> dict[str, Any] | None:
     return facts if facts.pop("key", "") == key else None
 
 
-def train_once(file: Path, job: JobConfig, world: World, title: str) -> None:
+def train_once(file: Path, job: JobConfig, world: World, title: str, key: str = "") -> None:
     """Train a job and predict its held-out rows, unless this is done already for the same job.
 
     Args:
@@ -91,8 +131,9 @@ def train_once(file: Path, job: JobConfig, world: World, title: str) -> None:
         job: the training.
         world: ranks, one.
         title: printed when a training begins.
+        key: of the training; the default is that of the job alone.
     """
-    key = key_of(job)
+    key = key or key_of(job)
     if kept_facts(file, key) is not None:
         return
     print(title, file=sys.stderr, flush=True)

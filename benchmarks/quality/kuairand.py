@@ -32,6 +32,7 @@ from trainer.data.features.dense_inputs import DenseInputs
 from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import read_rows
+from trainer.data.loading.loader import freeze_rows
 from trainer.metrics.user_bootstrap import ResampledMetric, draw_users, interval, resample_auc, resample_gauc
 from trainer.ranking.setup import Split, split_in_time
 
@@ -59,8 +60,9 @@ def train_ranker(data: Path, directory: Path, seed: int, options: argparse.Names
     return {behaviour: table[f"p_{behaviour}"].to_numpy() for behaviour in BEHAVIOURS}
 
 
-def tree_inputs(spec: DatasetSpec, data: Dataset, split: Split, path: Path) -> tuple[Rows, Rows]:
+def tree_inputs(data: Dataset, split: Split, path: Path) -> tuple[Rows, Rows]:
     """Return training rows, and held-out rows in order of ``visit_id`` with the statistics at the end of training."""
+    spec = data.spec
     training = read_rows(path, spec, emit_until=split.train_until)
     held_out = read_rows(path, spec, request_from=split.eval_from, request_until=split.eval_until)
     order = np.argsort(held_out["visit_id"])
@@ -69,17 +71,32 @@ def tree_inputs(spec: DatasetSpec, data: Dataset, split: Split, path: Path) -> t
     return training, held_out
 
 
-def fit_trees(name: str, config: JobConfig, spec: DatasetSpec, training: Rows, held_out: Rows) -> Scores:
-    """Return the scores of one LightGBM setting."""
-    inputs = DenseInputs(spec, config.features)
+def tree_dense(
+    inputs: DenseInputs, data: Dataset, split: Split, training: Rows, held_out: Rows
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the dense inputs of training and held-out rows, ``[n, len(inputs.names)]`` each.
+
+    Counts of past visits are those that the ranker has: as of each training row's request, and for held-out rows as of
+    the end of training.
+    """
     prior = np.clip(training["label"].mean(axis=0), 1e-6, 1 - 1e-6)
-    dense = [inputs.raw(rows, prior) for rows in (training, held_out)]
+    ends = freeze_rows(held_out, split.train_until, None)
+    return inputs.raw(training, prior, data.histories), inputs.raw(held_out, prior, data.histories, ends)
+
+
+def fit_trees(name: str, config: JobConfig, data: Dataset, split: Split, training: Rows, held_out: Rows) -> Scores:
+    """Return the scores of one LightGBM setting."""
+    spec = data.spec
+    inputs = DenseInputs(spec, config.features)
+    dense = tree_dense(inputs, data, split, training, held_out)
     scores = {}
     for behaviour in BEHAVIOURS:
         columns = [
             k
             for k, column in enumerate(inputs.names)
-            if name == "lightgbm-all" or not column.startswith("stat:") or column.endswith((f":{behaviour}", ":rows"))
+            if name == "lightgbm-all"
+            or not column.startswith(("stat:", "past:"))
+            or column.endswith((f":{behaviour}", ":rows"))
         ]
         matrices = [
             np.concatenate([rows["side"].astype(np.float32), values[:, columns]], axis=1)
@@ -166,10 +183,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(JOB, [f"data.path={path}", *window, *options.overrides])
         data = Dataset.open(str(path))
         split = split_in_time(config, data.spec)
-        training, held_out = tree_inputs(data.spec, data, split, path)
+        training, held_out = tree_inputs(data, split, path)
         models: dict[str, list[Scores]] = {
             "ple": [train_ranker(path, scratch, seed, options) for seed in range(1, options.seeds + 1)],
-            **{name: [fit_trees(name, config, data.spec, training, held_out)] for name in TREES},
+            **{name: [fit_trees(name, config, data, split, training, held_out)] for name in TREES},
         }
         result = compare(models, held_out, data.spec)
     print(table(result))

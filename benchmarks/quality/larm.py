@@ -27,7 +27,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ import torch
 
 from benchmarks.kept_work import begin_work
 from benchmarks.measure import make_parser, run_limelight, slug, write_result
+from benchmarks.quality.kept_runs import KeptTables, train_once
 from benchmarks.quality.larm_report import (
     IDS,
     RANKERS,
@@ -48,7 +48,6 @@ from benchmarks.quality.larm_report import (
     tables,
 )
 from benchmarks.quality.paired_users import DRAWS
-from benchmarks.quality.ranker_runs import train_and_predict
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.outputs import local_argument
 from trainer.data.format.content_vectors import SEGMENT_VECTORS
@@ -77,6 +76,7 @@ class LarmWork:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self.world = options.work / "world"
+        self._tables = KeptTables(options.work)
         self._eval_from = f"2024-03-{4 + options.days - options.held_out_days:02d}"
 
     def simulate(self) -> None:
@@ -137,14 +137,9 @@ class LarmWork:
 
     def scores(self, variant: str, seed: int, world: World) -> Scores:
         """Return the predictions of a ranker."""
-        file = self._options.work / f"seed-{seed}" / f"ranker-{slug(variant)}.npz"
-        if not file.exists():
-            started = time.process_time()
-            found, behaviours = train_and_predict(self.job(variant, seed), world)
-            seconds = time.process_time() - started
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Scores.of(found, behaviours, seconds).write(file)
-        return Scores.read(file)
+        file, job = self._options.work / f"seed-{seed}" / f"ranker-{slug(variant)}.json", self.job(variant, seed)
+        train_once(file, job, world, f"ranker, {variant}, seed {seed}", self._tables.key_of(job))
+        return Scores.read(file.with_suffix(".npz"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -186,7 +181,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"two towers, {variant}, seed {seed}", file=sys.stderr, flush=True)
                 runs[variant].append(work.towers(variant, seed))
             for variant in options.rankers:
-                print(f"ranker, {variant}, seed {seed}", file=sys.stderr, flush=True)
                 scores[variant].append(work.scores(variant, seed, world))
     groups = author_groups(work.world, work.job(IDS, options.seeds[0]))
     result: dict[str, Any] = {"retrieval": retrieval_result(runs, groups)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality import cross
+from benchmarks.quality import cross, kept_runs
 from benchmarks.quality.cross_report import (
     FULL,
     GROUPS,
@@ -74,8 +74,17 @@ def test_interval_of_one_seed_is_none() -> None:
     assert with_interval([2.0]) == {"mean": 2.0, "half_width_95": None, "seeds": 1}
 
 
+@pytest.fixture
+def dataset(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the content of the dataset, which can be changed; none is read."""
+    content = ["first"]
+    monkeypatch.setattr(kept_runs, "fingerprint", lambda path, spec: content[0])
+    monkeypatch.setattr(kept_runs.DatasetSpec, "load", lambda path: None)
+    return content
+
+
 def test_a_run_is_done_once_and_the_rest_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dataset: list[str]
 ) -> None:
     done: list[tuple[str, int]] = []
 
@@ -86,20 +95,30 @@ def test_a_run_is_done_once_and_the_rest_goes_on(
 
     monkeypatch.setattr(cross, "run", fake)
     monkeypatch.setattr(cross, "VARIANTS", {FULL: {}, "CGC": {"model.kind": "cgc"}})
+    path = tmp_path / "world"
     options = argparse.Namespace(work=tmp_path, seeds=[1, 2], minutes=0.0, variants=[FULL, "CGC"])
-    cross.run_missing(options, tmp_path / "world")
+    cross.run_missing(options, path)
     assert done == [], "there was no time for any"
     options.minutes = 9.0
-    (tmp_path / "results").mkdir()
-    cross.write_json(cross.result_file(tmp_path, FULL, 1), vars(VariantResult(FULL, 1, 1.0, figures(0.7))))
-    cross.run_missing(options, tmp_path / "world")
-    assert done == [("CGC", 1), (FULL, 2), ("CGC", 2)]
-    cross.run_missing(options, tmp_path / "world")
-    assert len(done) == 3
+    cross.run_missing(argparse.Namespace(**{**vars(options), "seeds": [1], "variants": [FULL]}), path)
+    cross.run_missing(options, path)
+    assert done == [(FULL, 1), ("CGC", 1), (FULL, 2), ("CGC", 2)]
+    cross.run_missing(options, path)
+    assert len(done) == 4 and len(cross.kept_results(tmp_path, path)) == 4
+    # A variant that means another job now, and a world that is another one, are measured again.
+    monkeypatch.setattr(cross, "VARIANTS", {FULL: {}, "CGC": {"model.kind": "mmoe"}})
+    assert {one.variant for one in cross.kept_results(tmp_path, path)} == {FULL}
+    cross.run_missing(options, path)
+    assert done[4:] == [("CGC", 1), ("CGC", 2)]
+    dataset[0] = "second"
+    assert cross.kept_results(tmp_path, path) == []
+    assert "of another job or world than those of this version; left out" in capsys.readouterr().err
+    cross.run_missing(options, path)
+    assert len(done) == 10
 
 
 def test_main_writes_the_tables(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: list[str]
 ) -> None:
     def fake(config: JobConfig, variant: str, world: World) -> VariantResult:
         return VariantResult(variant, config.run.seed, 2.0, figures(0.7 if variant == FULL else 0.6))

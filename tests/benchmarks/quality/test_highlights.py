@@ -287,6 +287,11 @@ def test_all_models_at_a_size_of_seconds(
     highlights.main(arguments)
     assert before == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     assert json.loads(out.read_text())["groups"] == groups
+    # A model that reads other inputs now is trained again, and no other.
+    other = highlights.ModelInputs(row=("code", "score"))
+    monkeypatch.setitem(highlights.MODELS, (highlights.CODES, "last code"), other)
+    highlights.main(arguments)
+    assert [path.name for path, time in before.items() if path.stat().st_mtime_ns != time] == ["codes-last-code.npz"]
 
 
 def test_a_missing_file_of_scores_is_one_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import kuairand
+from trainer.config.ranker import load_config
+from trainer.data.features.dense_inputs import DenseInputs
+from trainer.data.format.dataset import Dataset
 from trainer.data.format.schema import DatasetSpec
+from trainer.data.simulator.write_dataset import simulate
+from trainer.ranking.setup import split_in_time
 
 
 def test_without_data_it_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +53,25 @@ def test_differences_are_paired_and_means_are_over_seeds(monkeypatch: pytest.Mon
     assert better["interval_95"][0] > 0.1 > abs(equal["mean"])
     assert equal["standard_error"] < better["standard_error"], "the same draws for both models"
     assert "lightgbm-own" in kuairand.table(result)
+
+
+def test_trees_have_the_counts_of_past_visits_of_the_ranker(tmp_path: Path) -> None:
+    path = tmp_path / "world"
+    simulate(path, 12, 5, 2, 1)
+    past = "features.past={tag={same='tag'},user={}}"
+    job = load_config("configs/simulated.toml", [f"data.path={path}", "data.eval_from=2024-03-08", past])
+    data = Dataset.open(str(path))
+    split = split_in_time(job, data.spec)
+    training, held_out = kuairand.tree_inputs(data, split, path)
+    inputs = DenseInputs(data.spec, job.features)
+    dense = kuairand.tree_dense(inputs, data, split, training, held_out)
+    column = inputs.names.index("past:user:rows")
+    for rows, values, limit in zip((training, held_out), dense, (None, split.train_until), strict=True):
+        assert values.shape == (len(rows["visit_id"]), len(inputs.names))
+        as_of = rows["request_ms"] if limit is None else np.full(len(values), limit)
+        first, stop = data.histories.runs(rows["user_id"], as_of)
+        expected = (stop - first).sum(axis=1)
+        assert np.allclose(np.expm1(values[:, column]), expected, rtol=1e-4) and expected.max() > 0
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.measure import slug
 from benchmarks.quality import larm, larm_report
 from benchmarks.quality.larm_report import (
     CODES,
@@ -95,6 +96,12 @@ def test_all_parts_run(
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     larm.main([*small, *arguments])
     assert before == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}, "nothing twice"
+    # A ranker whose settings are others in this version is trained again, and no other.
+    monkeypatch.setitem(larm.RANKERS, RAW, [*larm.RANKERS[RAW], "features.smoothing=5.0"])
+    larm.main([*small, *arguments])
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {f"ranker-{slug(RAW)}{suffix}" for suffix in (".json", ".npz")}
+    document = json.loads(out.read_text())
     only = tmp_path / "larm_on_air.json"
     larm.main([*small, "--retrieval-only", *(str(only) if word == str(out) else word for word in arguments)])
     found = json.loads(only.read_text())
