@@ -11,7 +11,8 @@ the correction of ``trainer/llm/finetuning/option_calibration.py``.
 
 A finished run is kept in ``--work``, for its job and its samples; the same command continues with the others, and none
 is started after ``--minutes``. Intervals are Student's t over the seeds; the popularity baseline is the same for all of
-them. ``errors`` are standard errors over the samples of the first seed.
+them. ``errors`` and ``change_errors`` are standard errors over the samples of the first seed, the latter of paired
+differences.
 """
 
 from __future__ import annotations
@@ -106,6 +107,9 @@ def summarise(runs: Sequence[Mapping[str, Any]], words_accuracy: Mapping[str, fl
             }
             of_task["calibration"] = [run[task]["calibration"] for run in runs]
             of_task["errors"] = {name: first[name]["log_loss_error"] for name in ("model", CALIBRATED)}
+            of_task["change_errors"] = {
+                metric: first["change"][f"{metric}_error"] for metric in ("accuracy", "log_loss")
+            }
         of_task["gain"] = mean_and_half_width(
             [run[task]["model"]["accuracy"] - max(run[task][name]["accuracy"] for name in BASELINES) for run in runs]
         )

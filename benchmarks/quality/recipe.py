@@ -16,6 +16,9 @@ of ``benchmarks/quality/attainable_bound.py``.
 Each training is kept under ``--work`` and is not repeated, so the same command continues a benchmark that was stopped.
 One with other settings or another dataset is trained again. ``--days``, ``--recipes`` and ``--seeds`` choose a part;
 the report has all trainings that are kept. The vectors of segments change nothing else of the world.
+
+In a world of ``--factors``, ``--runs DIRECTORY`` writes each training of the held-out days as a run with these rows,
+for ``benchmarks.quality.gap``.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ from benchmarks.quality.kept_runs import Recipe, read_runs, run_file, settings_o
 from benchmarks.quality.larm_report import Scores
 from benchmarks.quality.paired_users import DRAWS
 from benchmarks.quality.recipe_report import BEST, summarise, tables
+from benchmarks.quality.run_of_scores import write_run
 from trainer.config.ranker import JobConfig, load_config
+from trainer.console.errors import UserError
 from trainer.console.outputs import local_argument
 from trainer.data.format.schema import DatasetSpec
 from trainer.ranking.evaluation import read_truth
@@ -150,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--days", nargs="+", choices=DAYS, default=list(DAYS), help="default: both")
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the rankers (default: 1 to 3)")
+    parser.add_argument(
+        "--runs", type=local_argument, metavar="DIRECTORY", help="write the held-out rows of each training as a run"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all rankers")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -162,6 +170,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             return job_of(recipe, days, seed, options.data, options.overrides)
 
         runs = read_runs(options.work / slug(days), RECIPES, job)
+        if days == HELD_OUT and options.runs is not None:
+            try:
+                for name, of_seeds in runs.items():
+                    for seed, kept in of_seeds.items():
+                        write_run(options.runs / slug(name) / f"seed-{seed}", job(name, seed), kept.scores)
+            except UserError as error:
+                sys.exit(f"limelight: error: {error}")
         if DEFAULT in runs:
             than = {name: RECIPES[name].than for name in runs}
             first = next(iter(runs[DEFAULT].values())).scores

@@ -183,11 +183,13 @@ def run_cell(config: StaytimeConfig) -> dict[str, Any]:
     # Cells that read the same data share them in memory.
     reads = LcuConfig(**config.lcu.model_dump(include=READ))
     watch = WatchConfig(task="none" if config.watch.task == "none" else "joint")
-    data = _load(config.data, config.input, reads, config.run.seed, watch)
+    # Only the order of comments depends on the seed; cells of all seeds share data without comments.
+    seed = config.run.seed if config.lcu.enabled else 0
+    data = _load(config.data, config.input, reads, seed, watch)
     return train_and_evaluate(config, data, torch.device("cpu"), quiet=True)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _load(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int, watch: WatchConfig) -> StaytimeData:
     return load_staytime(data, inputs, lcu, seed, watch)
 

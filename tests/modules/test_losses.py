@@ -146,6 +146,30 @@ def test_a_fast_and_a_limited_slow_row_are_balanced_where_the_docstring_says(lim
     assert float((torch.stack(slopes) * share).sum()) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("limit", [0.0, 1.0, 2.0, 5.0])
+def test_bias_and_variance_of_a_slow_row_are_those_of_the_docstring(limit: float, seed: int) -> None:
+    """Mean and second moment over the outcomes of visits, for random true, seen and predicted probabilities."""
+    p, q, s = torch.rand(3, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).clamp(0.01, 0.99)
+    logits = torch.logit(p).float()[:, None]
+    ones = torch.ones(30, 1)
+
+    def slope(label: float, slow: bool) -> torch.Tensor:
+        at = logits.clone().requires_grad_()
+        total, _ = report_loss(at, label * ones, ones, torch.full((30,), slow), torch.ones(1), limit)
+        return torch.autograd.grad(total, at)[0][:, 0].double()
+
+    late = q * (1 - s)
+    fast = q * s * slope(1, False) + (1 - q * s) * slope(0, False)
+    mean, square = fast + late * slope(1, True), late * slope(1, True).square()
+    bounded = (limit * (1 - p)).clamp(max=1) if limit else torch.ones_like(p)
+    torch.testing.assert_close(mean, p - q * s - late * bounded, rtol=1e-4, atol=1e-5)
+    # The gradient without bias is p - q.
+    torch.testing.assert_close(mean - (p - q), late * (1 - bounded), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(square, late * bounded.square(), rtol=1e-4, atol=1e-5)
+    assert (square <= late * (1 + 1e-6)).all()
+
+
 @pytest.mark.parametrize("extreme", [200.0, -200.0, 1e30, -1e30])
 @pytest.mark.parametrize("limit", [1.0, 3.0])
 def test_a_limited_retraction_stops_at_a_certain_positive(extreme: float, limit: float) -> None:

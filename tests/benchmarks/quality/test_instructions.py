@@ -84,6 +84,7 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         assert 0 <= task["model"][0] <= 1 and task["model"][1] is None and 0 <= task["words"] <= 1
         assert task["change"]["log_loss"][0] == pytest.approx(task["calibrated"]["log_loss"][0] - task["log_loss"][0])
         assert task["chance"]["log_loss"] > 0.5 and task["errors"]["calibrated"] > 0
+        assert task["change_errors"]["log_loss"] > 0 and task["change_errors"]["accuracy"] >= 0
     fitted = written["tasks"]["user_comment"]["calibration"]
     assert len(fitted) == 1 and fitted[0]["samples"] > 10 and fitted[0]["bare"] != 0
     assert written["tasks"]["staytime"]["calibration"][0]["bare"] == 0

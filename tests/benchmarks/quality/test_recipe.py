@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.measure import slug
 from benchmarks.quality import kept_runs, recipe
 from benchmarks.quality.attainable_bound import ATTAINABLE
 from benchmarks.quality.recipe import CHOSEN, DEFAULT, HELD_OUT, LOGISTIC, RECIPE_JOB, RECIPES, TUNING, job_of
@@ -101,6 +102,8 @@ def test_trainings_are_kept_and_compared(
         recipe, "bounds", lambda options, scores: {ATTAINABLE: 1 / (1 + np.exp(-odds() - 0.1)), BEST: truth}
     )
     out = tmp_path / "recipe.json"
+    written: list[tuple[Path, JobConfig]] = []
+    monkeypatch.setattr(recipe, "write_run", lambda directory, job, scores: written.append((directory, job)))
     arguments = ["--data", "world", "--work", str(tmp_path / "work"), "--out", str(out)]
     recipe.main([*arguments, "--seeds", "1", "--recipes", DEFAULT, CHOSEN, "batch 256"])
     assert trained == [
@@ -113,7 +116,12 @@ def test_trainings_are_kept_and_compared(
 
     trained.clear()
     finals = [name for name in RECIPES if name in (DEFAULT, LOGISTIC, CHOSEN)]
-    recipe.main([*arguments, "--seeds", "1", "2", "--recipes", *finals, "--days", HELD_OUT])
+    recipe.main([*arguments, "--seeds", "1", "2", "--recipes", *finals, "--days", HELD_OUT, "--runs", str(tmp_path)])
+    assert written == [
+        (tmp_path / slug(name) / f"seed-{seed}", job_of(name, HELD_OUT, seed, "world"))
+        for name in finals
+        for seed in (1, 2)
+    ]
     assert trained == [(LOGISTIC, HELD_OUT, 1), *((name, HELD_OUT, 2) for name in finals)]
     printed, result = capsys.readouterr().out, json.loads(out.read_text())
     assert result["world"] == {"users": USERS, "days": 10, "seed": 1} and result["chosen"] == CHOSEN

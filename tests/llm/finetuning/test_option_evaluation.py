@@ -110,3 +110,24 @@ def test_a_calibrated_model_has_columns_of_its_own() -> None:
     assert "calibrated" not in report_table(report_of(cases, {"model": scores, "calibrated": [None, None]}))
     losses = -np.log(np.exp([3.0, 0.0]) / (1 + np.exp(3)))
     assert report["t"]["model"]["log_loss_error"] == pytest.approx(losses.std() / np.sqrt(2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_change_by_the_calibration_is_paired(seed: int) -> None:
+    """Sample by sample; the second task has no calibrated scores."""
+    random = np.random.default_rng(seed)
+    cases = [made(str(random.choice(list("abc"))), "abc") for _ in range(50)] + [made("a", "ab", task="u")]
+    scores = [random.normal(size=len(case.options)) for case in cases]
+    calibrated = [*(0.3 * one + random.normal(size=3) for one in scores[:50]), None]
+    report = report_of(cases, {"model": scores, "calibrated": calibrated})
+    change, answers = report["t"]["change"], ["abc".index(case.answer) for case in cases[:50]]
+    by_sample = []
+    for some in (scores[:50], calibrated[:50]):
+        probability = torch.tensor(np.array(some)).softmax(-1).numpy()
+        losses = -np.log(probability[np.arange(50), answers])
+        by_sample.append(np.stack([probability.argmax(1) == answers, losses], 1).astype(float))
+    paired = by_sample[1] - by_sample[0]
+    assert [change[name] for name in ("accuracy", "log_loss")] == pytest.approx(paired.mean(0))
+    errors = [change[f"{name}_error"] for name in ("accuracy", "log_loss")]
+    assert errors == pytest.approx(paired.std(0) / np.sqrt(50))
+    assert "change" not in report["u"] and report["u"]["calibrated"] is None

@@ -36,6 +36,9 @@ from trainer.runtime.host_copy import HostCopy
 Scores = list[np.ndarray]
 """Scores ``[options]`` of each sample."""
 
+Choices = Sequence[tuple[Sample, np.ndarray]]
+"""Samples with their scores ``[options]``."""
+
 MODELS = ("model", "untuned", "majority", "popularity")
 CALIBRATED, CHANCE = "calibrated", "chance"
 """Names of the tuned model's calibrated scores, and of a choice by chance, in a report."""
@@ -170,7 +173,9 @@ def report_of(samples: Sequence[Sample], scores: Mapping[str, Sequence[np.ndarra
         task -> ``samples`` (their number), and name of model or baseline -> ``accuracy``; ``log_loss`` in nats, with
         the scores as logits, and ``log_loss_error``, its standard error over the samples; ``auc`` of the resulting
         probabilities over all (sample, option) pairs. Popularity figures are not logits, so that baseline has an
-        accuracy only. A baseline without figures for some sample, and an AUC with one class only, are None.
+        accuracy only. A baseline without figures for some sample, and an AUC with one class only, are None. With
+        calibrated scores a task also has their ``change`` of the model's ``accuracy`` and ``log_loss``, each with the
+        standard error of the paired changes over the samples.
     """
     tasks: dict[str, list[int]] = {}
     for number, sample in enumerate(samples):
@@ -178,33 +183,63 @@ def report_of(samples: Sequence[Sample], scores: Mapping[str, Sequence[np.ndarra
     report: dict[str, Any] = {}
     for task, numbers in tasks.items():
         of_task: dict[str, Any] = {"samples": len(numbers)}
+        scored: dict[str, Choices] = {}
         for name, every in scores.items():
             chosen = [(samples[number], every[number]) for number in numbers]
             values = [(sample, value) for sample, value in chosen if value is not None]
-            of_task[name] = _metrics(values, logits=name != "popularity") if len(values) == len(chosen) else None
+            of_task[name] = None
+            if len(values) == len(chosen):
+                of_task[name], scored[name] = _metrics(values, logits=name != "popularity"), values
+        if {"model", CALIBRATED} <= scored.keys():
+            of_task["change"] = _change(scored["model"], scored[CALIBRATED])
         report[task] = of_task
     return report
 
 
-def _metrics(chosen: Sequence[tuple[Sample, np.ndarray]], *, logits: bool) -> dict[str, float | None]:
-    hits, losses, probabilities, right = [], [], [], []
-    for sample, scores in chosen:
-        answer = sample.options.index(sample.answer)
-        # Options that tie for the best score share the choice.
-        best = scores == scores.max()
-        hits.append(best[answer] / best.sum())
-        if logits:
-            weights = np.exp(scores - scores.max())
-            probability = weights / weights.sum()
-            losses.append(-np.log(max(probability[answer], 1e-300)))
-            probabilities.append(probability)
-            right.append(np.arange(len(scores)) == answer)
-    metrics: dict[str, float | None] = {"accuracy": float(np.mean(hits))}
+def _metrics(chosen: Choices, *, logits: bool) -> dict[str, float | None]:
+    metrics: dict[str, float | None] = {"accuracy": float(np.mean(_hits(chosen)))}
     if logits:
+        losses = _losses(chosen)
         metrics["log_loss"] = float(np.mean(losses))
-        metrics["log_loss_error"] = float(np.std(losses) / np.sqrt(len(losses)))
-        metrics["auc"] = auc(np.concatenate(probabilities), np.concatenate(right).astype(np.float32))
+        metrics["log_loss_error"] = _error(losses)
+        right = [np.arange(len(scores)) == sample.options.index(sample.answer) for sample, scores in chosen]
+        probabilities = np.concatenate([_softmax(scores) for _, scores in chosen])
+        metrics["auc"] = auc(probabilities, np.concatenate(right).astype(np.float32))
     return metrics
+
+
+def _change(before: Choices, after: Choices) -> dict[str, float]:
+    """Return the changes of accuracy and log loss on the same samples, with standard errors of the paired changes."""
+    found: dict[str, float] = {}
+    for metric, of_samples in (("accuracy", _hits), ("log_loss", _losses)):
+        change = of_samples(after) - of_samples(before)
+        found |= {metric: float(np.mean(change)), f"{metric}_error": _error(change)}
+    return found
+
+
+def _hits(chosen: Choices) -> np.ndarray:
+    """Return for each sample 1 if its best option is right, ``[samples]``; options that tie share the choice."""
+    hits = []
+    for sample, scores in chosen:
+        best = scores == scores.max()
+        hits.append(best[sample.options.index(sample.answer)] / best.sum())
+    return np.array(hits)
+
+
+def _losses(chosen: Choices) -> np.ndarray:
+    """Return the log loss of each sample's right option in nats, ``[samples]``; the scores are logits."""
+    right = [_softmax(scores)[sample.options.index(sample.answer)] for sample, scores in chosen]
+    return -np.log(np.maximum(right, 1e-300))
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    weights: np.ndarray = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def _error(values: np.ndarray) -> float:
+    """Return the standard error of the mean."""
+    return float(np.std(values) / np.sqrt(len(values)))
 
 
 def report_table(report: Mapping[str, Any]) -> str:
