@@ -25,8 +25,8 @@ from tests.distributed.old_run import (
     write_old_run,
 )
 from trainer.checkpoint.reader import Checkpoint
-from trainer.data.features.feature_map import side_ranges
 from trainer.data.features.fit import feature_layout
+from trainer.data.features.packed_side import side_ranges
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.write_dataset import simulate
 

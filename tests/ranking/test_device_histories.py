@@ -22,8 +22,9 @@ from tests.ranking.test_train_loop import job as training_job
 from tests.ranking.test_train_loop import train_counted
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.errors import UserError
-from trainer.data.features.feature_map import FeatureMap, gap_bucket
+from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures, fit_features
+from trainer.data.features.packed_side import gap_bucket
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch import RankingBatch

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from trainer.config.features import FeatureConfig, HistoryConfig, TableConfig
 from trainer.console.errors import UserError
-from trainer.data.features.feature_map import side_ranges
 from trainer.data.features.fit import FittedFeatures
+from trainer.data.features.packed_side import side_ranges
 from trainer.ranking.row_mapping import ModelFeatures, RangeMap, RowMap, VocabularyMap, map_rows
 
 LAYOUT = {

@@ -25,7 +25,8 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.text_table import size_text
 from trainer.data.features.device_places import DevicePlaces
-from trainer.data.features.feature_map import AGE_PLACE, GAP_BUCKETS, FeatureMap
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.packed_side import AGE_PLACE, GAP_BUCKETS
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.history import Histories
 from trainer.data.loading.batch import RankingBatch
@@ -281,6 +282,6 @@ def _found(places: Tensor, sizes: Tensor, ids: dict[str, Tensor], name: str) -> 
 
 
 def _gap_bucket(age_ms: Tensor) -> Tensor:
-    """Return :func:`trainer.data.features.feature_map.gap_bucket` of ages, ``[n]`` int32, rounded as there."""
+    """Return :func:`trainer.data.features.packed_side.gap_bucket` of ages, ``[n]`` int32, rounded as there."""
     seconds = (age_ms.clamp(min=0).double() * float(np.float32(0.001))).float() + 1
     return ((seconds.view(torch.int32) >> 22) - (127 << 1)).clamp(max=GAP_BUCKETS - 1)

@@ -11,8 +11,8 @@ import numpy as np
 from trainer.config.features import FeatureConfig
 from trainer.console.errors import UserError
 from trainer.data.features.code_sets import CODE_TABLE, code_set_of
-from trainer.data.features.feature_map import ACTIONS_RANGE, side_ranges
 from trainer.data.features.fit import ID_TABLES, FittedFeatures
+from trainer.data.features.packed_side import ACTIONS_RANGE, side_ranges
 
 
 class RowMap(Protocol):

@@ -21,8 +21,9 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.code_inputs import OpenStore, check_codes
 from trainer.data.features.content_tables import check_places
+from trainer.data.features.dataset_checks import check_names
 from trainer.data.features.device_places import DevicePlaces
-from trainer.data.features.feature_map import FeatureMap, check_names
+from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures, fit_features
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.content_vectors import ContentVectors

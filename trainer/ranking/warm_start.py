@@ -23,8 +23,9 @@ from trainer.config.ranker import InitFromConfig, JobConfig
 from trainer.console.errors import UserError
 from trainer.console.text_table import text_table
 from trainer.data.features.code_inputs import check_codes
-from trainer.data.features.feature_map import FeatureMap, side_ranges
+from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import ID_TABLES, FittedFeatures
+from trainer.data.features.packed_side import side_ranges
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.row_mapping import ModelFeatures, RowMap, map_rows
 from trainer.runtime.distributed import World

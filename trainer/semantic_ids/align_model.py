@@ -18,7 +18,8 @@ from trainer.config.align import AlignConfig
 from trainer.config.deepspeed import complete_settings
 from trainer.config.precision import dense_settings
 from trainer.console.errors import UserError
-from trainer.data.features.feature_map import FeatureMap, check_names
+from trainer.data.features.dataset_checks import check_names
+from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.schema import DatasetSpec

@@ -31,17 +31,17 @@ from modules.ranker import columns_of
 from trainer.config.ranker import JobConfig
 from trainer.data.features.code_sets import CODE_TABLE, CodeSet, code_set_of
 from trainer.data.features.dense_inputs import smoothing_strength
-from trainer.data.features.feature_map import (
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
+from trainer.data.features.id_map import hash_salt
+from trainer.data.features.packed_side import (
     ACTION_BITS,
     ACTIONS_RANGE,
     AGE_RANGE,
     DOMAIN_RANGE,
     PAST_DOMAIN_RANGE,
-    FeatureMap,
     side_ranges,
 )
-from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
-from trainer.data.features.id_map import hash_salt
 from trainer.data.features.past_counts import past_name
 from trainer.data.format.safetensors_header import read_header
 from trainer.data.format.schema import DOMAINS, DatasetSpec

@@ -14,7 +14,8 @@ from tests.data.small_visits import SPEC, build_dataset, make_visits
 from trainer.config.features import FeatureConfig, HistoryConfig
 from trainer.console.errors import UserError
 from trainer.data.features.author_features import AuthorSide, read_author_side
-from trainer.data.features.feature_map import FeatureMap, check_names
+from trainer.data.features.dataset_checks import check_names
+from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures, fit_features
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import read_rows

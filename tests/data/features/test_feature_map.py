@@ -9,9 +9,10 @@ import pytest
 
 from trainer.config.features import FeatureConfig, HistoryConfig, TableConfig
 from trainer.console.errors import UserError
-from trainer.data.features.feature_map import GAP_BUCKETS, FeatureMap, gap_bucket
+from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures, feature_layout
 from trainer.data.features.id_map import IdMap
+from trainer.data.features.packed_side import GAP_BUCKETS, gap_bucket
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DOMAINS, Rows
 from trainer.data.loading.batch import RankingBatch, empty_batch, unpack
@@ -316,42 +317,3 @@ def test_new_ids_of_histories_read_row_0(write_dataset):
     batch = batch_of(features, dataset.rows, dataset.histories(), dataset.rows["request_ms"])
     ids = [each for row in unpack_ids(batch)["live_item"] for each in row]
     assert ids and set(ids) == {0} and batch.beyond == {"histories": len(ids)}
-
-
-@pytest.mark.parametrize(
-    ("settings", "behaviours", "message"),
-    [
-        ({}, ("clicks",), "data.behaviours: the dataset has no behaviour 'clicks'; it has click, like, gift"),
-        (
-            {"history": {"live": HistoryConfig(domain="live", require=("share",))}},
-            (),
-            "features.history.live.require: the dataset has no behaviour 'share'",
-        ),
-        ({"exclude": ("citi",)}, (), "features.exclude: .* no feature 'citi'; did you mean 'city'"),
-    ],
-)
-def test_unknown_names_are_refused(write_dataset, settings, behaviours, message):
-    dataset = write_dataset(rows=50)
-    config = FeatureConfig(**settings)
-    with pytest.raises(UserError, match=message):
-        FeatureMap(dataset.spec, config, fitted_by_hand(dataset, config, 14), behaviours)
-
-
-def test_another_kind_of_dataset_is_refused(write_dataset):
-    dataset = write_dataset(rows=50)
-    config = FeatureConfig()
-    fitted = fitted_by_hand(dataset, config, 14)
-    fitted.layout["side"][1] = ["city", 12]
-    with pytest.raises(
-        UserError, match=r"dataset 'small' does not fit .* side are .*'city', 9.* trained with .*'city', 12"
-    ):
-        FeatureMap(dataset.spec, config, fitted)
-
-
-def test_gap_buckets_are_half_octaves_of_seconds():
-    edges = [0.0, 0.5, *(2**k - 1 + half * 2 ** (k - 1) for k in range(1, 31) for half in (0, 1))]
-    for bucket, edge in enumerate(edges):
-        assert gap_bucket(np.array([round(edge * 1000)]))[0] == bucket
-        if edge and edge < 10_000:
-            assert gap_bucket(np.array([round(edge * 1000) - 1]))[0] == bucket - 1
-    assert gap_bucket(np.array([-5, 2**62])).tolist() == [0, GAP_BUCKETS - 1]

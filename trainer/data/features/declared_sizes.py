@@ -11,8 +11,8 @@ import numpy as np
 
 from trainer.config.features import FeatureConfig
 from trainer.data.features.content_tables import TableFacts, open_tables
+from trainer.data.features.dataset_checks import check_names
 from trainer.data.features.dense_inputs import DenseInputs
-from trainer.data.features.feature_map import check_names
 from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
 from trainer.data.features.fitted_codes import FittedCodes, read_code_files
 from trainer.data.features.id_map import table_rows
