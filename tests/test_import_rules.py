@@ -6,12 +6,14 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 
 import pytest
 
 from tests.paths import ROOT
+from tests.syntax import statements
 
 OWN = {"modules", "trainer", "launch", "benchmarks", "tests"}
 MAY_IMPORT = {
@@ -23,16 +25,25 @@ MAY_IMPORT = {
 }
 
 
-def imports(package: str) -> Iterator[tuple[str, str]]:
-    """Yield file and top-level name of every absolute import, also of imports inside functions."""
+@cache
+def imports(package: str) -> list[tuple[str, str]]:
+    """Return file and top-level name of every absolute import, also of imports inside functions."""
+    found = []
     for path in sorted((ROOT / package).rglob("*.py")):
         place = str(path.relative_to(ROOT))
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in statements(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                yield from ((place, alias.name.split(".")[0]) for alias in node.names)
+                found += [(place, alias.name.split(".")[0]) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert not node.level, f"{place}: relative import"
-                yield place, (node.module or "").split(".")[0]
+                found.append((place, (node.module or "").split(".")[0]))
+    return found
+
+
+@cache
+def installed() -> Mapping[str, list[str]]:
+    """Return top-level name -> installed distributions that provide it, which takes a second to find."""
+    return packages_distributions()
 
 
 def declared(*extras: str) -> set[str]:
@@ -62,7 +73,7 @@ def test_only_packages_below_are_imported(package: str) -> None:
 
 @pytest.mark.parametrize("package", sorted(OWN))
 def test_every_outside_import_is_a_declared_dependency(package: str) -> None:
-    providers = packages_distributions()
+    providers = installed()
     extras = ["cpu", "llm", "kafka", "s3", "redis", "mlflow"] + (["dev"] if package in ("benchmarks", "tests") else [])
     # Triton is installed with the CUDA build of PyTorch.
     allowed = declared(*extras) | {"fbgemm-gpu", "triton"}
@@ -82,5 +93,5 @@ def test_modules_import_only_tensors_arrays_and_compilers() -> None:
 
 
 def test_the_rules_see_imports_inside_functions() -> None:
-    assert ("launch/cli/main.py", "trainer") in set(imports("launch"))
+    assert ("launch/cli/main.py", "trainer") in imports("launch")
     assert any(place == "launch/doctor/probe.py" and name == "torch" for place, name in imports("launch"))

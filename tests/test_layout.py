@@ -6,10 +6,11 @@ import ast
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tests.paths import ROOT
+from tests.syntax import statements
 
 PACKAGES = ("trainer", "modules", "launch", "benchmarks")
 LONGEST_JOB = 120
@@ -19,11 +20,19 @@ RIDDLE = re.compile(r"(What|Which|How|Where|When|Who|Whether|Of|That|Those|Their
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def modules(packages: tuple[str, ...] = PACKAGES) -> Iterator[tuple[Path, ast.Module]]:
-    """Yield every module of the packages, by default those of the product, and its syntax tree."""
-    for package in packages:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            yield path, ast.parse(path.read_text())
+@cache
+def definitions(package: str) -> list[tuple[str, str, str]]:
+    """Return file, name if it is a class of a module, and first line of the docstring, for every definition."""
+    return [
+        (
+            str(path.relative_to(ROOT)),
+            node.name if isinstance(node, ast.ClassDef) and not node.col_offset else "",
+            (ast.get_docstring(node) or "").partition("\n")[0],
+        )
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for node in statements(ast.parse(path.read_text()))
+        if isinstance(node, Documented)
+    ]
 
 
 def test_the_root_of_trainer_holds_jobs_only_and_each_is_a_story() -> None:
@@ -55,15 +64,15 @@ def test_tests_mirror_the_tree() -> None:
 
 
 def test_class_names_stand_once() -> None:
-    names = Counter(node.name for _, tree in modules() for node in tree.body if isinstance(node, ast.ClassDef))
+    names = Counter(name for package in PACKAGES for _, name, _ in definitions(package) if name)
     assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_the_first_line_of_a_docstring_is_a_sentence_or_a_noun() -> None:
     riddles = [
-        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
-        for path, tree in modules((*PACKAGES, "tests"))
-        for node in ast.walk(tree)
-        if isinstance(node, Documented) and (text := ast.get_docstring(node)) and RIDDLE.match(text)
+        f"{file}: {line}"
+        for package in (*PACKAGES, "tests")
+        for file, _, line in definitions(package)
+        if RIDDLE.match(line)
     ]
     assert riddles == []

@@ -8,6 +8,7 @@ import resource
 import shutil
 import socket
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from launch.doctor import host, packages, probe, report
 from launch.doctor.check import Check
 from launch.doctor.probe import ProbeError
+from tests.nursery import Nursery
 
 GOOD = {"torch": "2.13.0+cpu", "fbgemm-gpu-cpu": "1.8.0", "torchrec": "1.8.0"}
 
@@ -115,6 +117,8 @@ def test_the_driver_that_the_build_needs_is_named(
 def test_a_wrong_abi_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "fbgemm_gpu"
     broken.mkdir()
+    # What comes before it in a probe takes seconds to import.
+    (tmp_path / "torch.py").touch()
     (broken / "__init__.py").write_text("raise OSError('fbgemm_gpu_py.so: undefined symbol: _ZN3c10')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.getcwd()]))
     check, seen = packages.check_lookup()
@@ -268,9 +272,32 @@ def test_exit_status_and_output(
     assert [entry["status"] for entry in told["checks"]] == statuses
 
 
-def test_this_installation_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real probes: one fused lookup, one all-reduce between two processes."""
+class ForkedProbe:
+    """Replacement of ``subprocess.Popen`` for a probe: a process of the nursery, which has imported torch."""
+
+    def __init__(self, nursery: Nursery, folder: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+        self.returncode: int | None = None
+        self._files = [folder / f"{environment.get('RANK', 0)}.{name}" for name in ("out", "err")]
+        self._nursery = nursery
+        self._process = nursery.start("launch.doctor.probe", arguments, 0, environment, *self._files)
+
+    def communicate(self, timeout: float) -> list[str]:
+        self.returncode = self._nursery.wait(self._process, timeout)
+        assert self.returncode is not None
+        return [file.read_text() for file in self._files]
+
+    def kill(self) -> None:
+        """Do nothing: the process has ended."""
+
+
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "started"])
+def test_this_installation_is_well(
+    own: bool, nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real probes: one fused lookup, one all-reduce between two processes; the slow form starts interpreters."""
     monkeypatch.delenv("MASTER_PORT", raising=False)
+    if not own:
+        monkeypatch.setattr(probe, "_start", partial(ForkedProbe, nursery, tmp_path))
     found = {check.name: check for check in report.all_checks()}
     for name in ("torch, fbgemm, torchrec", "fused lookup", "compiled attention", "gloo"):
         assert found[name].status == "ok", found[name]

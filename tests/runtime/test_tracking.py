@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests.paths import ROOT
+from tests.forked import ForkedJob
 from tests.runtime.recorded_mlflow import RecordedRun
 from trainer.console.errors import UserError
 from trainer.console.exit_status import Terminated
 from trainer.runtime.mlflow_keeper import mark_killed
 from trainer.runtime.mlflow_store import REASON, MlflowRun, MlflowTarget
 from trainer.runtime.preemption import Preempted
+from trainer.runtime.run_lock import locked
 from trainer.runtime.run_status import KILLED_REASON, read_status, record_failure, recorded_status
 from trainer.runtime.tracking import record_results, record_scalars, tracked, tracked_run
 
@@ -106,53 +105,43 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return mlflow.MlflowClient((tmp_path / "store").as_uri())
 
 
-JOB = """
-import os, sys, time
-from pathlib import Path
-from trainer.runtime.mlflow_store import MlflowTarget
-from trainer.runtime.run_lock import locked
-from trainer.runtime.run_status import record_failure, recorded_status
-from trainer.runtime.tracking import record_scalars, tracked
-
-directory, store, act = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-target = MlflowTarget(store, "small", "run", {})
-with locked(directory), recorded_status(directory, "train", 0, 1), tracked(directory, target):
-    record_scalars({"loss": 2.0}, 1)
-    if act == "hang":
-        record_failure("rank 0 hangs")
-    if act in ("fork", "raise") and not os.fork():
-        # Such as a loader process, which holds the pipe to the keeper open.
-        time.sleep(600)
-    print("ready", flush=True)
-    if act == "raise":
-        raise ValueError("the loss is nan")
-    if act != "end":
-        time.sleep(600)
-"""
+def run_job(directory: Path, store: str, act: str) -> None:
+    """Run a job with a file store, which ends or hangs as ``act`` says after it has printed a line."""
+    with (
+        locked(directory),
+        recorded_status(directory, "train", 0, 1),
+        tracked(directory, MlflowTarget(store, "small", "run", {})),
+    ):
+        record_scalars({"loss": 2.0}, 1)
+        if act == "hang":
+            record_failure("rank 0 hangs")
+        if act in ("fork", "raise") and not os.fork():
+            # Such as a loader process, which holds the pipe to the keeper open.
+            time.sleep(600)
+        print("ready")
+        if act == "raise":
+            raise ValueError("the loss is nan")
+        if act != "end":
+            time.sleep(600)
 
 
 @pytest.fixture
-def jobs() -> Iterator[list[subprocess.Popen[bytes]]]:
-    started: list[subprocess.Popen[bytes]] = []
+def jobs() -> Iterator[list[ForkedJob]]:
+    started: list[ForkedJob] = []
     yield started
-    for process in started:
-        # With the processes that it has forked.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    for job in started:
+        job.close()
 
 
 def test_the_run_of_a_killed_job_does_not_stay_running_and_is_continued(
-    tmp_path: Path, client: Any, jobs: list[subprocess.Popen[bytes]]
+    tmp_path: Path, client: Any, jobs: list[ForkedJob]
 ) -> None:
     directory = tmp_path / "run"
     directory.mkdir()
 
-    def start(act: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", JOB, str(directory), str(tmp_path / "store"), act]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        jobs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, start_new_session=True))
-        assert jobs[-1].stdout is not None and jobs[-1].stdout.readline() == b"ready\n"
+    def start(act: str) -> ForkedJob:
+        jobs.append(ForkedJob(lambda: run_job(directory, str(tmp_path / "store"), act)))
+        assert jobs[-1].stdout.readline() == "ready\n"
         return jobs[-1]
 
     def info() -> tuple[str, str | None]:
@@ -162,7 +151,8 @@ def test_the_run_of_a_killed_job_does_not_stay_running_and_is_continued(
     def kill(act: str) -> tuple[str, str | None]:
         job = start(act)
         assert info() == ("RUNNING", None), "the reason of an earlier end has gone"
-        job.send_signal(signal.SIGKILL)
+        os.kill(job.pid, signal.SIGKILL)
+        job.wait()
         until = time.monotonic() + 60
         while info()[0] == "RUNNING" and time.monotonic() < until:
             time.sleep(0.05)
@@ -171,9 +161,9 @@ def test_the_run_of_a_killed_job_does_not_stay_running_and_is_continued(
     assert kill("fork") == ("KILLED", KILLED_REASON)
     first = json.loads((directory / "mlflow.json").read_text())
     assert kill("hang") == ("FAILED", "rank 0 hangs")
-    start("raise").wait(timeout=120)
+    assert start("raise").wait() == 1
     assert info() == ("FAILED", "ValueError: the loss is nan")
-    start("end").wait(timeout=120)
+    assert start("end").wait() == 0
     assert info() == ("FINISHED", None)
     assert json.loads((directory / "mlflow.json").read_text()) == first
     assert len(client.get_metric_history(first["run_id"], "loss")) == 4
