@@ -2,7 +2,7 @@
 
 Its weights are a softmax over a row's entries. The attention of Moment&Cross is in ``modules/esu.py``.
 
-PyTorch's operations are the definition. On a CPU with AVX-512 or AVX2, the loops of ``modules/din_kernel.py`` compute
+PyTorch's operations are the definition. On a CPU with AVX-512 or AVX2, the loops of ``modules/din_loops.py`` compute
 it in less than half of the time.
 """
 

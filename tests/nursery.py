@@ -446,11 +446,11 @@ def _warm_up() -> None:
     """Load numba's compiler and the networks' loops, which takes a second in the first process that uses them."""
     import torch
 
-    from modules import din_kernel, expert_kernel
+    from modules import din_loops, expert_kernel
     from trainer.sparse.dedup_exchange import unique_ids
 
     unique_ids([torch.arange(3)])
-    din_kernel.compile_loops()
+    din_loops.compile_loops()
     expert_kernel.compile_loops()
 
 

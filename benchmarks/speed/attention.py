@@ -12,7 +12,7 @@ counts:
 * ``din``: the Deep Interest Network's attention of ``modules/din.py``, which is another function of the same entries.
 
 A second comparison is of the Deep Interest Network's attention alone, over one history of the throughput benchmark:
-the compiled loops of ``modules/din_kernel.py`` against PyTorch's operations, by turns on the same data, with the median
+the compiled loops of ``modules/din_loops.py`` against PyTorch's operations, by turns on the same data, with the median
 and the range of all rounds.
 
 One thread, float32 unless stated. Times are processor time, which other work on the machine disturbs less.

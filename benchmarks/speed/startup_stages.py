@@ -63,6 +63,7 @@ def run_rank(out: str, arguments: Sequence[str]) -> int:
         marks["loop begins"] = time.monotonic()
         for _ in steps(engine, *given, **options):
             marks["first step"] = time.monotonic()
+            marks["processor to first step"] = time.process_time()
             Path(out).write_text(json.dumps(json.loads(Path(out).read_text()) | marks | {"loaded": loaded}))
             # Nothing that follows is measured.
             sys.stdout.flush()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules import din_kernel, expert_kernel, vector_code
+from modules import din_loops, expert_kernel, vector_code
 from modules.expert_kernel import CompiledExperts, compile_loops
 from modules.multitask import PLE, BatchedMLP, SharedBottom, Towers
 from tests.paths import ROOT
@@ -264,14 +264,14 @@ def test_the_loops_are_compiled_once() -> None:
 
 def test_products_with_other_code_have_other_names() -> None:
     # numba's cache would mix up functions of one name that were compiled in two processes.
-    kernels = (din_kernel, expert_kernel)
+    kernels = (din_loops, expert_kernel)
     products = {(kernel.__name__, name): value for kernel in kernels for name, value in vars(kernel).items()}
     names = {key: value.py_func.__qualname__ for key, value in products.items() if is_product(value)}
     alike = {("modules.expert_kernel", name) for name in ("layer_forward", "layer_backward", "weight_backward")}
-    assert len(names) == 9 and {place for place, _ in names} == {"modules.din_kernel", "modules.expert_kernel"}
+    assert len(names) == 9 and {place for place, _ in names} == {"modules.din_loops", "modules.expert_kernel"}
     assert len({name for key, name in names.items() if key not in alike}) == 6
     for place, name in alike:
-        assert names[place, name] == names["modules.din_kernel", name]
+        assert names[place, name] == names["modules.din_loops", name]
 
 
 def is_product(value: Any) -> bool:

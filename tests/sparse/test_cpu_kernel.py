@@ -81,17 +81,17 @@ def test_rows_and_states_have_the_bits_of_fbgemm(optimizer: str, unique: bool, t
         kernel, owner = ours(kind, dim, seed, unique=unique)
         reference = fbgemm(kind, (height,), dim, seed)
         rng = np.random.default_rng(seed)
-        for step, rate in enumerate((0.07, 0.07, 0.013)):
+        for step, (rate, scale) in enumerate(((0.07, 1.0), (0.07, 0.37), (0.013, 1.3))):
             owner.set_learning_rate(rate)
             reference.set_learning_rate(rate)
             # Few rows, each many times, or each of them once.
             drawn = rng.permutation(height)[:200] if unique else rng.integers(0, height, 700) // 3
             rows = torch.from_numpy(drawn.astype(np.int64))
-            found, expected = kernel(rows), reference(rows, torch.arange(len(rows) + 1))
+            found, expected = kernel.read(rows), reference(rows, torch.arange(len(rows) + 1))
             assert torch.equal(found, expected)
             gradients = gradients_of(found, step)
-            found.backward(gradients)
-            expected.backward(gradients)
+            kernel.train(rows, gradients, scale)
+            expected.backward(gradients * scale)
             assert bits(owner) == bits(reference), (seed, step)
         assert bits(owner) != bits(fbgemm(kind, HEIGHTS, dim, seed))
 
@@ -106,6 +106,20 @@ def test_no_rows_and_gradients_of_zero_change_nothing(optimizer: str, unique: bo
         assert found.shape == (len(rows), 8)
         found.backward(torch.zeros_like(found))
     assert bits(owner) == before
+
+
+def test_a_backward_pass_trains_the_rows() -> None:
+    rows, states = torch.arange(5), []
+    for by_autograd in (True, False):
+        kernel, owner = ours(EmbOptimType.EXACT_ADAGRAD, 8, 1)
+        found = kernel(rows)
+        gradients = gradients_of(found, 3)
+        if by_autograd:
+            found.backward(gradients)
+        else:
+            kernel.train(rows, gradients)
+        states.append(bits(owner))
+    assert states[0] == states[1] != bits(fbgemm(EmbOptimType.EXACT_ADAGRAD, HEIGHTS, 8, 1))
 
 
 def test_rows_outside_of_autograd_are_not_trained() -> None:
@@ -127,6 +141,6 @@ def test_loops_need_no_stack_for_each_row(loop: Callable[..., None]) -> None:
     # 16 bytes of stack for each row would be twice the 8 MiB that a thread has.
     n = 1 << 20
     values, states, gradients = (np.ones((n, 4), np.float32) for _ in range(3))
-    loop(0, n, np.arange(n), gradients, values, states, 0.5, 0.0)
+    loop(0, n, np.arange(n), gradients, values, states, 0.5, 0.0, 1.0)
     assert (values == values[0]).all()
     assert (values < 1).all()

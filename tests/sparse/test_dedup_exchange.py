@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.sparse.dedup_exchange import DeduplicatedExchange, unique_ids
 from trainer.sparse.exchange import Gradients
+from trainer.sparse.flat_exchange import Copies
 
 LARGEST = 2**63 - 1
 IDS = st.lists(st.integers(0, 9) | st.sampled_from([LARGEST, -LARGEST - 1, -1, 1 << 40]), max_size=30)
@@ -50,14 +51,23 @@ class WholeTables:
     def send(self) -> None:
         self.calls.append("send")
 
-    def rows(self, step: int | None = None) -> dict[str, Tensor]:
+    @property
+    def keys(self) -> list[str]:
+        return [*self.ids]
+
+    def rows(self, step: int | None = None, copies: Copies | None = None) -> dict[str, Tensor]:
         self.calls.append(f"rows {step}")
-        return {key: self.tables[TABLE_OF[key]][ids] for key, ids in self.ids.items()}
+        found = {key: self.tables[TABLE_OF[key]][ids] for key, ids in self.ids.items()}
+        return found if copies is None else {key: found[of][places.long()] for key, (of, places) in copies.items()}
 
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
         self.calls.append(f"update {scale}")
         for key, ids in self.ids.items():
             self.gradient[TABLE_OF[key]].index_add_(0, ids, torch.cat(list(gradients[key])))
+
+    def update_joined(self, gradients: Tensor, scale: float | Tensor) -> None:
+        parts = gradients.split([len(ids) for ids in self.ids.values()])
+        self.update({key: [part] for key, part in zip(self.ids, parts, strict=True)}, scale)
 
     def drain(self) -> None:
         self.calls.append("drain")

@@ -67,18 +67,19 @@ class CpuKernel:
         each_part(lambda begin, end: read_rows(begin, end, numbers, self._values, target), len(numbers))
         return out
 
-    def train(self, rows: Tensor, gradients: Tensor) -> None:
-        """Train rows ``[n]`` int64 on their gradients ``[n, dim]`` float32."""
+    def train(self, rows: Tensor, gradients: Tensor, scale: float = 1.0) -> None:
+        """Train rows ``[n]`` int64 on ``scale`` times their gradients ``[n, dim]`` float32."""
         numbers, slopes = rows.numpy(), gradients.contiguous().numpy()
         if not self._unique:
             numbers, places = find_unique(numbers)
             total = np.zeros((len(numbers), self.dim), np.float32)
-            add_rows(total, places, slopes)
-            slopes = total
+            add_rows(total, places, slopes, scale)
+            slopes, scale = total, 1.0
         # fbgemm keeps both in float32.
         rate, eps = float(self._owner.learning_rate_tensor), float(np.float32(self._owner.optimizer_args.eps))
+        values, states = self._values, self._states
         each_part(
-            lambda begin, end: self._train_rows(begin, end, numbers, slopes, self._values, self._states, rate, eps),
+            lambda begin, end: self._train_rows(begin, end, numbers, slopes, values, states, rate, eps, scale),
             len(numbers),
         )
 

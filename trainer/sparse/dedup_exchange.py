@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,22 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.runtime.unique import find_unique
 from trainer.sparse.exchange import Exchange, Gradients, pass_to_current_stream
+from trainer.sparse.flat_exchange import Copies
 from trainer.sparse.row_loops import add_rows
+
+
+class UniqueExchange(Exchange, Protocol):
+    """Exchange that carries unique ids: it can return copies of their rows, and takes their gradients as one tensor."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of its lookups, in the order of the joined gradients."""
+
+    def rows(self, step: int | None = None, copies: Copies | None = None) -> dict[str, Tensor]:
+        """Return the rows of its ids, or of copies of them; see ``trainer.sparse.flat_exchange.FlatExchange``."""
+
+    def update_joined(self, gradients: Tensor, scale: float | Tensor) -> None:
+        """Train the tables on gradients ``[ids, dim]`` of all lookups, whose memory may be overwritten."""
 
 
 class DeduplicatedExchange:
@@ -36,11 +52,11 @@ class DeduplicatedExchange:
         self,
         ids: KeyedJaggedTensor,
         tables: Mapping[str, str],
-        make_exchanges: Callable[[KeyedJaggedTensor], Sequence[Exchange]],
+        make_exchanges: Callable[[KeyedJaggedTensor], Sequence[UniqueExchange]],
         *,
         device_form: bool = False,
     ) -> None:
-        self._ids, self._make_exchanges, self._device_form = ids, make_exchanges, device_form
+        self._ids, self._tables, self._make_exchanges, self._device_form = ids, tables, make_exchanges, device_form
         self._members: dict[str, list[str]] = {}
         keys: list[str] = ids.keys()
         for key in keys:
@@ -70,31 +86,34 @@ class DeduplicatedExchange:
         """Receive the rows of the unique ids and copy each one to all places of its id."""
         if self._stream is not None:
             pass_to_current_stream(self._stream, self._places.values())
-        unique_rows = {key: rows for exchange in self._exchanges for key, rows in exchange.rows(step).items()}
-        return {
-            key: unique_rows[members[0]].index_select(0, self._places[key])
-            for members in self._members.values()
-            for key in members
-        }
+        found: dict[str, Tensor] = {}
+        for exchange in self._exchanges:
+            copies = {key: (self._members[self._tables[key]][0], self._places[key]) for key in exchange.keys}
+            found |= exchange.rows(step, copies)
+        return {key: found[key] for members in self._members.values() for key in members}
 
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
         """Sum the gradients of each unique id on this rank and train the tables on the sums."""
-        summed: dict[str, Sequence[Tensor]] = {}
-        for members in self._members.values():
-            first = gradients[members[0]][0]
-            total = first.new_zeros(self._sizes[members[0]], first.shape[1])
-            for key in members:
-                ends = accumulate((len(part) for part in gradients[key]), initial=0)
-                for part, (start, stop) in zip(gradients[key], pairwise(ends), strict=True):
-                    places = self._places[key][start:stop]
-                    if self._device_form:
-                        total.index_add_(0, places, part)
-                    else:
-                        add_rows(total.numpy(), places.numpy(), part.contiguous().numpy())
-                summed[key] = [total[:0]]
-            summed[members[0]] = [total]
         for exchange in self._exchanges:
-            exchange.update(summed, scale)
+            sizes = [self._sizes[key] for key in exchange.keys]
+            example = gradients[exchange.keys[0]][0]
+            # One tensor, since the exchange would join several.
+            total = example.new_zeros(sum(sizes), example.shape[1])
+            sums = dict(zip(exchange.keys, total.split(sizes), strict=True))
+            for members in self._members.values():
+                for key in members:
+                    if key in sums:
+                        self._add(gradients[key], self._places[key], sums[members[0]])
+            exchange.update_joined(total, scale)
+
+    def _add(self, parts: Sequence[Tensor], places: Tensor, total: Tensor) -> None:
+        """Add the gradients of a lookup, in consecutive parts, to those of the unique ids at some places."""
+        ends = accumulate((len(part) for part in parts), initial=0)
+        for part, (start, stop) in zip(parts, pairwise(ends), strict=True):
+            if self._device_form:
+                total.index_add_(0, places[start:stop], part)
+            else:
+                add_rows(total.numpy(), places[start:stop].numpy(), part.contiguous().numpy(), 1.0)
 
     def drain(self) -> None:
         """Wait for the unique ids and discard them."""

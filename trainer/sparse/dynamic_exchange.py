@@ -146,9 +146,9 @@ class DynamicExchange(FlatExchange):
         self._looked_up = kernel(numbers)
         return self._looked_up.detach()[: len(places)]
 
-    def _train(self, gradients: Tensor) -> None:
+    def _train(self, gradients: Tensor, scale: float | Tensor) -> None:
         """Train the rows that were looked up, and row 0 on the sum of its gradients on all ranks. Collective."""
-        routing = self._routing
+        routing, gradients = self._routing, gradients.mul_(scale)
         if routing.cut:
             row_0_gradients = torch.zeros(len(routing.names), routing.dim, device=routing.device)
             if routing.borrows:

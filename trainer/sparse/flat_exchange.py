@@ -11,7 +11,7 @@ queued when the exchange started, on a stream of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from trainer.sparse.cpu_kernel import CpuKernel
 from trainer.sparse.device_kernel import DeviceKernel, inverse
 from trainer.sparse.exchange import Gradients, on_stream, pass_to_current_stream
 from trainer.sparse.range_check import RangeCheck, check_range
+
+Copies = Mapping[str, tuple[str, Tensor]]
+"""Lookup -> lookup of the exchange that has its ids, and the place of each of its ids there, ``[ids]``."""
 
 
 class FlatRouting:
@@ -51,6 +54,7 @@ class FlatRouting:
         owns: ``[ranks, lookups]`` int64, 1 where the rank has the (first shard of the) lookup's table.
         block_rows: ``[lookups]`` int64, rows of the first shard of each lookup's table.
         kernel: kernel of this rank's shards; None if it has none.
+        alone: True if this rank has all rows, reads them by a kernel of a CPU, and no two ids read the same row.
     """
 
     def __init__(
@@ -83,7 +87,8 @@ class FlatRouting:
             [plans[key].sharding_spec.shards[0].shard_sizes[0] for key in self.keys], dtype=torch.int64
         )
         # Two ranks may send the same id.
-        self.kernel = self._kernel(collection, sharding, unique=unique and self.world == 1)
+        self.alone = unique and self.world == 1 and not device_form
+        self.kernel = self._kernel(collection, sharding, unique=self.alone)
 
     def _kernel(
         self, collection: ShardedEmbeddingCollection, sharding: str, *, unique: bool
@@ -140,9 +145,21 @@ class FlatExchange:
         self._sent, self._received = ([sum(of_rank) for of_rank in counts] for counts in (own, self._segments))
         self._ids, self._work = self._all_to_all(self._ids, self._sent, self._received)
 
-    def rows(self, step: int | None = None) -> dict[str, Tensor]:
-        """Look up the received ids and return the rows of this rank's ids."""
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the lookups, in the order of the joined gradients of :meth:`update_joined`."""
+        return self._routing.keys
+
+    def rows(self, step: int | None = None, copies: Copies | None = None) -> dict[str, Tensor]:
+        """Look up the received ids and return the rows of this rank's ids, or of copies of them.
+
+        Args:
+            step: see :meth:`trainer.sparse.exchange.Exchange.rows`.
+            copies: lookups whose rows are returned; None for the exchange's own.
+        """
         self._wait_for_ids()
+        if copies is not None and self._routing.alone:
+            return self._read_copies(copies)
         if self._stream is not None:
             sorting = (self._sent_place, self._sent_order) if self._routing.cut else ()
             pass_to_current_stream(self._stream, (self._ids, self._counts, *sorting))
@@ -150,16 +167,25 @@ class FlatExchange:
         self._wait()
         if self._routing.cut:
             rows = rows.index_select(0, self._sent_place)
-        return dict(zip(self._routing.keys, rows.split(self._sizes), strict=True))
+        found = dict(zip(self.keys, rows.split(self._sizes), strict=True))
+        if copies is None:
+            return found
+        return {key: found[of].index_select(0, places) for key, (of, places) in copies.items()}
 
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
         """Send the gradients to the owners of the rows and train the rows of this rank."""
-        flat = torch.cat([part for key in self._routing.keys for part in gradients[key]])
+        self.update_joined(torch.cat([part for key in self.keys for part in gradients[key]]), scale)
+
+    def update_joined(self, gradients: Tensor, scale: float | Tensor) -> None:
+        """Do the same with gradients ``[ids, dim]`` of all lookups, one after another as :attr:`keys`.
+
+        Their memory may be overwritten.
+        """
         if self._routing.cut:
-            flat = flat.index_select(0, self._order_of_sending())
-        received, self._work = self._all_to_all(flat, self._sent, self._received)
+            gradients = gradients.index_select(0, self._order_of_sending())
+        received, self._work = self._all_to_all(gradients, self._sent, self._received)
         self._wait()
-        self._train(received.mul_(scale / self._routing.world))
+        self._train(received, scale / self._routing.world)
 
     def drain(self) -> None:
         """Wait for the ids and discard them."""
@@ -228,14 +254,32 @@ class FlatExchange:
         if not len(self._ids):
             return torch.empty(0, self._routing.dim, device=self._routing.device)
         assert kernel is not None
+        numbers = kernel.number_rows(self._ids, self._counts, self.keys)
+        if isinstance(kernel, CpuKernel):
+            self._numbers = numbers
+            return kernel.read(numbers)
         # The rows with their graph: its backward pass is the fused optimizer.
-        self._looked_up = kernel(kernel.number_rows(self._ids, self._counts, self._routing.keys))
+        self._looked_up = kernel(numbers)
         return self._looked_up.detach()
 
-    def _train(self, gradients: Tensor) -> None:
-        """Train the rows that were looked up on their gradients ``[received, dim]``."""
-        if len(self._ids):
-            self._looked_up.backward(gradients)
+    def _read_copies(self, copies: Copies) -> dict[str, Tensor]:
+        """Return the rows of copies of this rank's ids, each read from its table for every place of its id."""
+        kernel = self._routing.kernel
+        assert isinstance(kernel, CpuKernel)
+        self._numbers = kernel.number_rows(self._ids, self._counts, self.keys)
+        of_key = dict(zip(self.keys, self._numbers.split(self._sizes), strict=True))
+        numbers = [of_key[of].index_select(0, places) for of, places in copies.values()]
+        rows = kernel.read(torch.cat(numbers)).split([len(of_lookup) for of_lookup in numbers])
+        return dict(zip(copies, rows, strict=True))
+
+    def _train(self, gradients: Tensor, scale: float | Tensor) -> None:
+        """Train the rows that were looked up on ``scale`` times their gradients ``[received, dim]``."""
+        if not len(self._ids):
+            return
+        if isinstance(self._routing.kernel, CpuKernel):
+            self._routing.kernel.train(self._numbers, gradients, float(scale))
+        else:
+            self._looked_up.backward(gradients.mul_(scale))
 
     def _all_to_all(
         self, outgoing: Tensor, sent: Sequence[int], received: Sequence[int]

@@ -37,39 +37,58 @@ def copy_row(context: Any, source: Any, target: Any, vectors: Any) -> tuple[Any,
 
 
 @intrinsic
-def train_sgd(context: Any, row: Any, gradient: Any, vectors: Any, rate: Any) -> tuple[Any, Callable]:
-    """Train a row by SGD: ``train_sgd(row, gradient, vectors, rate)`` with two addresses and a float32 rate.
+def add_row(context: Any, target: Any, source: Any, vectors: Any, scale: Any) -> tuple[Any, Callable]:
+    """Add ``scale``, a float32, times a row to another: ``add_row(target, source, vectors, scale)``.
 
-    The product of rate and gradient is subtracted by a fused multiply-add.
+    The product is rounded before it is added.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
-        row, gradient, vectors, rate = arguments
-        falling = _splat(builder, builder.fneg(rate), _FLOATS)
+        target, source, vectors, scale = arguments
+        scales = _splat(builder, scale, _FLOATS)
         with _vectors(builder, vectors) as (_, offset):
-            step = _multiply_add(builder, falling, _gradient(builder, gradient, offset), _load(builder, row, offset))
-            _store(builder, step, row, offset)
+            product = builder.fmul(_load(builder, source, offset), scales)
+            _store(builder, builder.fadd(_load(builder, target, offset), product), target, offset)
         return context.get_dummy_value()
 
     return types.void(types.uintp, types.uintp, types.intp, types.float32), generate
 
 
 @intrinsic
-def train_adagrad(
-    context: Any, row: Any, state: Any, gradient: Any, vectors: Any, rate: Any, eps: Any
-) -> tuple[Any, Callable]:
-    """Train a row by Adagrad: ``train_adagrad(row, state, gradient, vectors, rate, eps)``.
+def train_sgd(context: Any, row: Any, gradient: Any, vectors: Any, rate: Any, scale: Any) -> tuple[Any, Callable]:
+    """Train a row by SGD: ``train_sgd(row, gradient, vectors, rate, scale)`` with two addresses and two float32.
 
-    ``row``, ``state`` and ``gradient`` are addresses of as many values, ``rate`` is float32 and ``eps`` float64. A
-    square is added to the state by a fused multiply-add. The product of rate and gradient is rounded to float32; root,
-    quotient and difference are float64.
+    The gradient is multiplied by ``scale``. The product of rate and gradient is subtracted by a fused multiply-add.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
-        row, state, gradient, vectors, rate, eps = arguments
-        rates, epsilons = _splat(builder, rate, _FLOATS), _splat(builder, eps, _DOUBLES)
+        row, gradient, vectors, rate, scale = arguments
+        falling, scales = _splat(builder, builder.fneg(rate), _FLOATS), _splat(builder, scale, _FLOATS)
         with _vectors(builder, vectors) as (_, offset):
-            slope = _gradient(builder, gradient, offset)
+            slope = _gradient(builder, gradient, offset, scales)
+            _store(builder, _multiply_add(builder, falling, slope, _load(builder, row, offset)), row, offset)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp, types.intp, types.float32, types.float32), generate
+
+
+@intrinsic
+def train_adagrad(
+    context: Any, row: Any, state: Any, gradient: Any, vectors: Any, rate: Any, eps: Any, scale: Any
+) -> tuple[Any, Callable]:
+    """Train a row by Adagrad: ``train_adagrad(row, state, gradient, vectors, rate, eps, scale)``.
+
+    ``row``, ``state`` and ``gradient`` are addresses of as many values, ``rate`` and ``scale`` are float32 and ``eps``
+    float64. The gradient is multiplied by ``scale``. A square is added to the state by a fused multiply-add. The
+    product of rate and gradient is rounded to float32; root, quotient and difference are float64.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
+        row, state, gradient, vectors, rate, eps, scale = arguments
+        rates, epsilons = _splat(builder, rate, _FLOATS), _splat(builder, eps, _DOUBLES)
+        scales = _splat(builder, scale, _FLOATS)
+        with _vectors(builder, vectors) as (_, offset):
+            slope = _gradient(builder, gradient, offset, scales)
             squares = _multiply_add(builder, slope, slope, _load(builder, state, offset))
             _store(builder, squares, state, offset)
             root = builder.fadd(_root(builder, builder.fpext(squares, _DOUBLES)), epsilons)
@@ -78,28 +97,30 @@ def train_adagrad(
             _store(builder, builder.fptrunc(trained, _FLOATS), row, offset)
         return context.get_dummy_value()
 
-    signature = types.void(types.uintp, types.uintp, types.uintp, types.intp, types.float32, types.float64)
-    return signature, generate
+    arguments = (types.uintp, types.uintp, types.uintp, types.intp, types.float32, types.float64, types.float32)
+    return types.void(*arguments), generate
 
 
 @intrinsic
 def train_rowwise_adagrad(
-    context: Any, row: Any, state: Any, gradient: Any, vectors: Any, rate: Any, eps: Any
+    context: Any, row: Any, state: Any, gradient: Any, vectors: Any, rate: Any, eps: Any, scale: Any
 ) -> tuple[Any, Callable]:
-    """Train a row by row-wise Adagrad: ``train_rowwise_adagrad(row, state, gradient, vectors, rate, eps)``.
+    """Train a row by row-wise Adagrad: ``train_rowwise_adagrad(row, state, gradient, vectors, rate, eps, scale)``.
 
-    ``state`` is the address of one float32, the sum of mean squares; ``rate`` and ``eps`` are float32. Lane l of eight
-    sums the squares ``l, l + 8, ...``; then neighbouring lanes are added until one is left. No multiply-add is fused.
+    ``state`` is the address of one float32, the sum of mean squares; ``rate``, ``eps`` and ``scale`` are float32. The
+    gradient is multiplied by ``scale``. Lane l of eight sums the squares ``l, l + 8, ...``; then neighbouring lanes are
+    added until one is left. No multiply-add is fused.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
-        row, state, gradient, vectors, rate, eps = arguments
+        row, state, gradient, vectors, rate, eps, scale = arguments
+        scales = _splat(builder, scale, _FLOATS)
         sums = [alloca_once(builder, _FLOATS) for _ in range(2)]
         for place in sums:
             builder.store(ir.Constant(_FLOATS, None), place)
         # Vectors with even numbers are the lanes 0 to 3 of eight, the others the lanes 4 to 7.
         with _vectors(builder, vectors) as (number, offset):
-            slope = _gradient(builder, gradient, offset)
+            slope = _gradient(builder, gradient, offset, scales)
             is_odd, square = builder.trunc(number, ir.IntType(1)), builder.fmul(slope, slope)
             low, high = (builder.load(place) for place in sums)
             builder.store(builder.select(is_odd, low, builder.fadd(low, square)), sums[0])
@@ -112,12 +133,12 @@ def train_rowwise_adagrad(
         _store(builder, squares, state, zero)
         step = _splat(builder, builder.fdiv(rate, builder.fadd(_root(builder, squares), eps)), _FLOATS)
         with _vectors(builder, vectors) as (_, offset):
-            product = builder.fmul(step, _gradient(builder, gradient, offset))
+            product = builder.fmul(step, _gradient(builder, gradient, offset, scales))
             _store(builder, builder.fsub(_load(builder, row, offset), product), row, offset)
         return context.get_dummy_value()
 
-    signature = types.void(types.uintp, types.uintp, types.uintp, types.intp, types.float32, types.float32)
-    return signature, generate
+    arguments = (types.uintp, types.uintp, types.uintp, types.intp, types.float32, types.float32, types.float32)
+    return types.void(*arguments), generate
 
 
 @contextmanager
@@ -139,9 +160,9 @@ def _store(builder: ir.IRBuilder, value: Any, address: Any, offset: Any) -> None
     builder.store(value, builder.inttoptr(builder.add(address, offset), value.type.as_pointer())).align = 4
 
 
-def _gradient(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
-    """Load a vector of a gradient, with +0 for -0: fbgemm adds gradients to +0."""
-    return builder.fadd(_load(builder, address, offset), ir.Constant(_FLOATS, None))
+def _gradient(builder: ir.IRBuilder, address: Any, offset: Any, scales: Any) -> Any:
+    """Load a vector of a gradient, times a scale, with +0 for -0: fbgemm adds gradients to +0."""
+    return builder.fadd(builder.fmul(_load(builder, address, offset), scales), ir.Constant(_FLOATS, None))
 
 
 def _splat(builder: ir.IRBuilder, value: Any, kind: ir.VectorType) -> Any:

@@ -22,7 +22,7 @@ def test_a_start_is_measured_and_loads_what_the_job_needs(
     # The rank below imports the job; once is enough.
     monkeypatch.setattr(startup, "JOB_MODULE", "trainer.config.ranker")
     out = tmp_path / "startup.json"
-    startup.main(["--repeats=1", "--users=20", f"--out={out}"])
+    startup.main(["--repeats=1", "--users=20", "--fresh=0", f"--out={out}"])
     found = json.loads(out.read_text())
     assert list(found["stages"]) == list(startup.STAGES)
     assert all(stage["median"] > 0 for stage in found["stages"].values())
@@ -36,3 +36,15 @@ def test_a_start_is_measured_and_loads_what_the_job_needs(
     assert set(NOT_NEEDED).isdisjoint(found["modules_loaded"])
     printed = capsys.readouterr().out
     assert "stage until the first step" in printed and "package imported by trainer.rank" in printed
+
+
+@pytest.mark.slow
+def test_a_start_without_compiled_loops_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "JOB_MODULE", "trainer.config.ranker")
+    monkeypatch.setattr(startup, "COMMANDS", {})
+    out = tmp_path / "startup.json"
+    startup.main(["--repeats=1", "--users=20", "--fresh=1", f"--out={out}"])
+    found = json.loads(out.read_text())
+    assert list(found["fresh"]["stages"]) == list(startup.STAGES)
+    for start in (found, found["fresh"]):
+        assert start["processor_seconds_to_first_step"]["median"] > found["processor_seconds_of_imports"]["median"] > 0
