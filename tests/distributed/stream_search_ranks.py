@@ -26,6 +26,7 @@ def job(dataset: Path, directory: Path, device: str) -> JobConfig:
         "features.history.live.search=top",
         "features.item.ids=dynamic",
         "features.item.rows=400",
+        "features.search.tables=['author']",
         "stream.publish_minutes=0",
         "data.eval_from=2024-03-05T18:00",
         f"data.path={dataset}",
