@@ -38,7 +38,7 @@ from trainer.data.format.schema import DOMAINS, Rows, partition_of
 from trainer.data.format.shards import read_rows
 from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.data.simulator.write_dataset import simulate
-from trainer.ranking import device_entries, device_histories
+from trainer.ranking import device_entries, device_histories, growing_device_histories
 from trainer.ranking.growing_device_histories import GrowingDeviceHistories, open_growing_histories
 
 BATCH = 4
@@ -192,7 +192,8 @@ def test_the_batches_of_a_stream(
             monkeypatch.setattr(where, "HISTORY_LIMIT", 20)
         monkeypatch.setattr(growing_history, "SLACK", 4)
         monkeypatch.setattr(growing_history, "_SPARE", 0)
-        monkeypatch.setattr(device_entries, "CHUNK_ENTRIES", 16)
+        for where in (device_entries, growing_device_histories):
+            monkeypatch.setattr(where, "CHUNK_ENTRIES", 16)
     config = job(dataset, *VARIANTS[variant])
     sizes, batches = set[int](), 0
     for whole in compare(dataset, config, seed, owned):

@@ -101,6 +101,9 @@ def test_only_new_entries_are_sent_and_gaps_are_removed(tmp_path, monkeypatch):
     rng = np.random.default_rng(6)
     ids = np.arange(8)
     visits = ordered_visits(rng, 6_000, ids)
+    # One user comes no more, and keeps a place where the gaps are removed.
+    first_user = visits["user_id"][0]
+    visits["user_id"][600:][visits["user_id"][600:] == first_user] = (first_user + 1) % 8
     growing = grow(write(tmp_path, take(visits, np.arange(0)), PARTITIONS), 0)
     copy, owner = Copy(growing), partition_of(visits["user_id"], PARTITIONS)
     compacted, times = 0, np.linspace(0, 80 * 6_001, 121).astype(np.int64)
