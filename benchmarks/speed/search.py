@@ -5,12 +5,20 @@
 Bandwidth: histories of 10,000 visits, 8,000 of them short videos, vectors of 64 float16; the five searches of a batch
 together, each returning 100. Counted are the bytes that they must read: of every visit the item's id and vector once,
 of every video the author's id. They are compared with a copy of large arrays (STREAM's first kernel, bytes read and
-written) on as many threads, and with reading the same vectors without any work on them, which no search can beat. The
-vectors of a history are spread over those of the catalogue: the size of the catalogue and the popularity of its items
-decide how many come from caches. Vectors are in memory as in a job: its own, or, where other processes load the data,
-memory shared with them, which has large pages only if the administrator allows it
-(``/sys/kernel/mm/transparent_hugepage/shmem_enabled``). Copy, bare reading and search alternate, and the fastest round
-of each counts, since the machine may do other work.
+written) on as many threads. The vectors of a history are spread over those of the catalogue: the size of the catalogue
+and the popularity of its items decide how many come from caches.
+
+Vectors are in memory of three kinds. ``own``: of one process, in large pages; threads share it. ``shared``: common to
+processes, which has large pages only if the administrator allows it
+(``/sys/kernel/mm/transparent_hugepage/shmem_enabled``). ``copies``: in large pages, and each thread has a copy of its
+own, as each loader process of a job has where memory allows it.
+
+More figures stand beside each search and say what bounds it, on as many threads and in the same memory. ``read``: both
+cache lines of each vector are read, in the search's order and requested as far ahead, and nothing is done with them; no
+search in this order can be faster. ``sort`` and ``sorted_read``: the entries of each user are sorted by groups of 512
+small pages, and then read in this order. ``loop``: the same searches, with all vectors in the first-level cache, so
+that no memory is waited for. Copy, reads and searches alternate, and the fastest round of each counts, since the
+machine may do other work.
 
 Recall: short lists (``benchmarks/speed/shortlists.py``) against the exact search, for histories of 1,000, 10,000 and
 100,000 visits to items of many topics, of which each user knows some. CPU time per candidate on one thread.
@@ -22,6 +30,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +43,8 @@ from matplotlib.figure import Figure
 from benchmarks.measure import make_parser, write_result
 from benchmarks.speed.shortlists import Clusters, HashCodes, Shortlist, top_of_shortlist
 from modules.search import search as gsu
-from modules.search.cpu_kernels import fetch
+from modules.search.cpu_intrinsics import CACHE_LINE, GROUP
+from modules.search.cpu_kernels import AHEAD, fetch
 from modules.search.search import SearchPart, SearchVectors
 from modules.threads import each_part
 from trainer.console.text_table import text_table
@@ -46,6 +56,10 @@ TARGET = 0.5
 VISITS, VIDEOS, LENGTH, DIM = 10_000, 8_000, 100, 64
 AUTHORS, LONG_VIEWS = 200, 0.2
 COPY_VALUES = 1 << 25
+PAGES = 2 << 20
+"""Bytes of a group of 512 small pages, whose places are in one page of the page table."""
+RESIDENT = 100
+"""Vectors that stay in the first-level cache."""
 CATALOGUES = (100_000, 1_000_000)
 HISTORIES = (1_000, 10_000, 100_000)
 
@@ -120,16 +134,73 @@ def bytes_of(batch: SearchBatch) -> int:
 
 
 @numba.njit(nogil=True)
-def _read_vectors(begin: int, end: int, items: np.ndarray, values: np.ndarray) -> None:
+def _read_vectors(begin: int, end: int, items: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
+    """Read a word of each cache line of entries' vectors; ``values`` are rows of uint64."""
     base, row_bytes = values.ctypes.data, values.shape[1] * values.itemsize
+    total = np.uint64(0)
     for at in range(begin, end):
-        fetch(base, (items[at] + 1) * row_bytes, row_bytes)
+        fetch(base, (items[min(at + AHEAD * GROUP, end - 1)] + 1) * row_bytes, row_bytes)
+        for word in range(0, values.shape[1], CACHE_LINE // 8):
+            total ^= values[items[at] + 1, word]
+    out[begin] = total
 
 
 def read_vectors(batch: SearchBatch) -> None:
-    """Fetch every vector that the searches need, and do nothing with it."""
-    values = batch.vectors.values.view(np.uint16)
-    each_part(lambda begin, end: _read_vectors(begin, end, batch.items, values), len(batch.items))
+    """Read every vector that the searches need, and do nothing with it."""
+    values, out = batch.vectors.values.view(np.uint64), np.empty(len(batch.items), np.uint64)
+    each_part(lambda begin, end: _read_vectors(begin, end, batch.items, values, out), len(batch.items))
+
+
+@numba.njit(nogil=True)
+def _sort_by_pages(
+    begin: int, end: int, visits: int, items: np.ndarray, row_bytes: int, groups: int, out: np.ndarray
+) -> None:
+    """Write the items of the users from ``begin`` to ``end``, those of each user in the order of :data:`PAGES`."""
+    for user in range(begin, end):
+        low, high = user * visits, (user + 1) * visits
+        place = np.zeros(groups + 1, np.int64)
+        for at in range(low, high):
+            place[(items[at] + 1) * row_bytes // PAGES + 1] += 1
+        for group in range(groups):
+            place[group + 1] += place[group]
+        for at in range(low, high):
+            group = (items[at] + 1) * row_bytes // PAGES
+            out[low + place[group]] = items[at]
+            place[group] += 1
+
+
+def sort_by_pages(batch: SearchBatch, out: np.ndarray) -> None:
+    """Write the items in an order in which a user's vectors of one group of pages are read one after another."""
+    users, values = len(batch.candidate), batch.vectors.values
+    groups, row_bytes = values.nbytes // PAGES + 1, values.shape[1] * values.itemsize
+    visits = len(batch.items) // users
+    each_part(lambda begin, end: _sort_by_pages(begin, end, visits, batch.items, row_bytes, groups, out), users)
+
+
+def part_of(batch: SearchBatch, begin: int, end: int) -> SearchBatch:
+    """Return the batch of the users from ``begin`` to ``end``."""
+    runs = {name: getattr(batch, name)[begin:end] for name in ("first", "stop")}
+    moved = {name: rows - begin * VISITS for name, rows in runs.items()}
+    entries = {
+        name: getattr(batch, name)[begin * VISITS : end * VISITS] for name in ("items", "authors", "bits", "ordinal")
+    }
+    return batch._replace(**moved, **entries, candidate=batch.candidate[begin:end], author=batch.author[begin:end])
+
+
+def with_copies(batch: SearchBatch, threads: int) -> list[SearchBatch]:
+    """Return equal parts of a batch, each with a copy of the vectors."""
+    edges = np.linspace(0, len(batch.candidate), threads + 1).astype(int).tolist()
+    values, shift = batch.vectors
+    return [
+        part_of(batch, begin, end)._replace(vectors=SearchVectors(in_space(values), shift))
+        for begin, end in itertools.pairwise(edges)
+    ]
+
+
+def on_copies(executor: Executor, job: Callable[[SearchBatch], Any], parts: Sequence[SearchBatch]) -> None:
+    """Do a job on each part of a batch, in a thread for each, as loader processes do."""
+    for _ in executor.map(job, parts):
+        pass
 
 
 def seconds_of(work: Callable[[], Any], threads: int) -> float:
@@ -145,33 +216,50 @@ def bandwidth(users: int, rounds: int, catalogues: Sequence[int]) -> list[dict[s
     source = torch.ones(COPY_VALUES)
     target = torch.empty_like(source)
     results = []
-    for catalogue, even, forked in itertools.product(catalogues, (False, True), (False, True)):
-        batch = make_batch(users, catalogue, even, forked, seed=1)
+    # A loader process has one thread.
+    executor = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+    for catalogue, even, memory in itertools.product(catalogues, (False, True), ("own", "copies", "shared")):
+        batch = make_batch(users, catalogue, even, memory == "shared", seed=1)
+        by_page = batch._replace(items=np.empty_like(batch.items))
+        sort_by_pages(batch, by_page.items)
+        resident = batch._replace(items=batch.items % RESIDENT, candidate=batch.candidate % RESIDENT)
         for threads in (1, 2):
+            if memory == "copies" and threads == 1:
+                continue  # The copy of one process is its own memory.
             torch.set_num_threads(threads)
             work: dict[str, Callable[[], Any]] = {
                 "copy": partial(target.copy_, source),
-                "read": partial(read_vectors, batch),
-                "search": partial(five_searches, batch),
+                "sort": partial(sort_by_pages, batch, np.empty_like(batch.items)),
             }
+            jobs = {
+                "read": (read_vectors, batch),
+                "sorted_read": (read_vectors, by_page),
+                "search": (five_searches, batch),
+                "loop": (five_searches, resident),
+            }
+            for name, (job, of) in jobs.items():
+                if memory == "copies":
+                    work[name] = partial(on_copies, executor, job, with_copies(of, threads))
+                else:
+                    work[name] = partial(job, of)
             for each in work.values():
                 each()
             seconds = dict.fromkeys(work, float("inf"))
             for _ in range(rounds):
                 seconds = {name: min(seconds[name], seconds_of(each, threads)) for name, each in work.items()}
-            copied = 2 * source.nbytes / seconds["copy"]
-            searched = bytes_of(batch) / seconds["search"]
+            rates = {"copy": 2 * source.nbytes, "read": users * VISITS * DIM * 2, "search": bytes_of(batch)}
+            rates |= {"sorted_read": rates["read"], "loop": rates["search"]}
+            gb_s = {f"{name}_gb_s": size / seconds[name] / 1e9 for name, size in rates.items()}
             results.append(
                 {
                     "catalogue": catalogue,
                     "popularity": "even" if even else "zipf",
-                    "memory": "shared" if forked else "own",
+                    "memory": memory,
                     "threads": threads,
-                    "copy_gb_s": copied / 1e9,
-                    "read_gb_s": users * VISITS * DIM * 2 / seconds["read"] / 1e9,
-                    "search_gb_s": searched / 1e9,
-                    "share_of_copy": searched / copied,
+                    **gb_s,
+                    "share_of_copy": gb_s["search_gb_s"] / gb_s["copy_gb_s"],
                     "microseconds_per_user": seconds["search"] / users * 1e6,
+                    "sort_microseconds_per_user": seconds["sort"] / users * 1e6,
                 }
             )
     return results

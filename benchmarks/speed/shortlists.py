@@ -199,7 +199,6 @@ def _nearest_codes(
     rows, words = codes.shape
     base, row_bytes, length = codes.ctypes.data, words * codes.itemsize, out.shape[1]
     keys = np.empty(4 * length + 64, np.uint64)
-    spare = np.empty_like(keys)
     for row in range(begin, end):
         low, high = first[row], stop[row]
         lengths[row] = min(high - low, length)
@@ -218,10 +217,10 @@ def _nearest_codes(
                 keys[count] = key_of_int(alike, at - low)
                 count += 1
                 if count == len(keys):
-                    floor = int_of_key(keep_best(keys, spare, count, length))
+                    floor = int_of_key(keep_best(keys, count, length, length)[1])
                     count = length
         if count > length:
-            keep_best(keys, spare, count, length)
+            keep_best(keys, count, length, length)
         for i in range(length):
             out[row, length - 1 - i] = low + place_of(keys[i])
 

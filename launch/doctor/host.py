@@ -13,7 +13,7 @@ from launch.doctor.probe import ProbeError, run_probes
 from launch.machine import free_port, port_in_use
 from trainer.console.setup_advice import setup_command
 from trainer.runtime.cores import SYSFS, available_cores, cores_near, free_cores, nvidia_gpus
-from trainer.runtime.large_pages import SETTINGS, large_pages_setting
+from trainer.runtime.large_pages import SETTINGS, large_pages_setting, shared_memory_has_large_pages
 
 SHARED_MEMORY_FAIL, SHARED_MEMORY_WARN = 128e6, 1e9
 """Free bytes of /dev/shm: loader processes pass batches through it, and a container has 64 MB by default."""
@@ -113,11 +113,11 @@ def check_large_pages() -> Check:
     if own == "never":
         fix = f"echo madvise | sudo tee {SETTINGS / 'enabled'}"
         return Check("large pages", "warn", "switched off: a CPU reads tables more slowly in small pages", fix)
-    of_shared = "are too" if shared in ("always", "within_size", "advise", "force") else "are in small ones"
     why = "no shmem_enabled" if shared is None else f"shmem_enabled: {shared}"
-    message = (
-        f"tables on a CPU are in large pages ({own}); search vectors that loader processes share {of_shared} ({why})"
-    )
+    of_shared = f"are in small ones ({why}), and each process reads a copy in large ones if memory allows"
+    if shared_memory_has_large_pages():
+        of_shared = f"are too ({why})"
+    message = f"tables on a CPU are in large pages ({own}); search vectors that loader processes share {of_shared}"
     return Check("large pages", "ok", message)
 
 

@@ -65,19 +65,40 @@ def dots_byte(context: Any, base: Any, offsets: Any, query: Any, blocks: Any, sc
 
 
 @intrinsic
-def above(context: Any, scores: Any, floor: Any) -> tuple[Any, Callable]:
-    """Compare a group of scores: ``above(scores, floor) -> int64`` sets bit i if score i at ``scores`` is larger."""
+def push_above(context: Any, scores: Any, floor: Any, place: Any, keys: Any) -> tuple[Any, Callable]:
+    """Append the keys of a group's good scores to a list: ``push_above(scores, floor, place, keys) -> int64``.
+
+    The scores at address ``scores``, float32 or int32 as ``floor`` is, belong to the entries ``place``, ``place - 1``
+    and so on. Of those that are larger than ``floor`` and have no negative place, the 64-bit keys (score in the upper
+    half, in the order of unsigned numbers, then the place) are written to address ``keys`` one after another; what lies
+    behind them, up to :data:`GROUP` keys in all, is overwritten. Returns the number of keys.
+
+    There is no branch: one that is mispredicted would stop the work on the scores of the following groups.
+    """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
-        address, least = arguments
-        group = ir.VectorType(least.type, GROUP)
-        values = _load(builder, address, group)
-        least = builder.insert_element(ir.Constant(group, ir.Undefined), least, ir.Constant(_INT32, 0))
-        least = _shuffle(builder, least, least, [0] * GROUP)
-        compare = builder.fcmp_ordered if isinstance(floor, types.Float) else builder.icmp_signed
-        return builder.zext(builder.bitcast(compare(">", values, least), ir.IntType(GROUP)), _INT64)
+        scores, least, place, keys = arguments
+        words, numbers = ir.VectorType(_INT32, GROUP), ir.VectorType(_INT64, GROUP)
+        values = _load(builder, scores, ir.VectorType(least.type, GROUP))
+        bits = builder.bitcast(values, words)
+        top = ir.Constant(words, [1 << 31] * GROUP)
+        if isinstance(floor, types.Float):
+            good = builder.fcmp_ordered(">", values, _splat(builder, least))
+            # All bits of a negative number are reversed, the highest of any other.
+            bits = builder.xor(bits, builder.or_(builder.ashr(bits, ir.Constant(words, [31] * GROUP)), top))
+        else:
+            good = builder.icmp_signed(">", values, _splat(builder, least))
+            bits = builder.xor(bits, top)
+        places = builder.sub(_splat(builder, place), ir.Constant(numbers, [*range(GROUP)]))
+        good = builder.and_(good, builder.icmp_signed(">=", places, ir.Constant(numbers, None)))
+        upper = builder.shl(builder.zext(bits, numbers), ir.Constant(numbers, [32] * GROUP))
+        kind = ir.FunctionType(numbers, [numbers, good.type, numbers])
+        compress = get_or_insert_function(builder.module, kind, f"llvm.experimental.vector.compress.v{GROUP}i64")
+        packed = builder.call(compress, [builder.or_(upper, places), good, ir.Constant(numbers, ir.Undefined)])
+        builder.store(packed, builder.inttoptr(keys, numbers.as_pointer())).align = 8
+        return builder.zext(builder.ctpop(builder.bitcast(good, ir.IntType(GROUP))), _INT64)
 
-    return types.int64(types.uintp, floor), generate
+    return types.int64(types.uintp, floor, types.int64, types.uintp), generate
 
 
 @intrinsic
@@ -105,16 +126,77 @@ def prefetch(context: Any, address: Any) -> tuple[Any, Callable]:
     """Prefetch memory: ``prefetch(address)`` requests the cache line at an address without waiting for it."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
-        pointer = _BYTE.as_pointer()
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
-        )
-        # Read access, data, second-level cache: it can have more outstanding requests than the first-level cache.
-        flags = [ir.Constant(_INT32, flag) for flag in (0, 2, 1)]
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), *flags])
+        _prefetch(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.uintp), generate
+
+
+@intrinsic
+def request(
+    context: Any, column: Any, latest: Any, shift: Any, rows: Any, base: Any, row_bytes: Any, offsets: Any
+) -> tuple[Any, Callable]:
+    """Find and prefetch the vectors of a group: ``request(column, latest, shift, rows, base, row_bytes, offsets)``.
+
+    The group is entry ``latest`` of an int64 or int32 array ``column`` and the :data:`GROUP` - 1 before it. An entry's
+    row is its id plus ``shift``, or 0 if the table of ``rows`` rows has no such row. The rows' offsets from ``base``,
+    the latest entry's first, are written as int64 numbers to address ``offsets``.
+    """
+    if column.layout != "C" or column.dtype not in (types.int64, types.int32):
+        return None
+    long = column.dtype == types.int64
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
+        column, latest, shift, rows, base, row_bytes, offsets = arguments
+        data = context.make_array(signature.args[0])(context, builder, column).data
+        kind, numbers = (_INT64 if long else _INT32), ir.VectorType(_INT64, GROUP)
+        oldest = builder.mul(builder.sub(latest, ir.Constant(_INT64, GROUP - 1)), ir.Constant(_INT64, kind.width // 8))
+        ids = _load(builder, builder.add(builder.ptrtoint(data, _INT64), oldest), ir.VectorType(kind, GROUP))
+        found = builder.add(ids if long else builder.sext(ids, numbers), _splat(builder, shift))
+        # Unsigned: a negative row counts as beyond the table.
+        known = builder.icmp_unsigned("<", found, _splat(builder, rows))
+        # Both factors have 32 bits: their product is one instruction, that of 64 bits is several.
+        low = ir.Constant(numbers, [0xFFFFFFFF] * GROUP)
+        found = builder.and_(builder.select(known, found, ir.Constant(numbers, None)), low)
+        found = builder.mul(found, builder.and_(_splat(builder, row_bytes), low))
+        found = _shuffle(builder, found, found, [*reversed(range(GROUP))])
+        builder.store(found, builder.inttoptr(offsets, numbers.as_pointer())).align = 8
+        addresses = builder.add(found, _splat(builder, base))
+        each = [builder.extract_element(addresses, ir.Constant(_INT32, i)) for i in range(GROUP)]
+        before, body, after = builder.block, builder.append_basic_block("line"), builder.append_basic_block("requested")
+        builder.branch(body)
+        builder.position_at_end(body)
+        line = builder.phi(_INT64)
+        for address in each:
+            _prefetch(builder, builder.add(address, line))
+        following = builder.add(line, ir.Constant(_INT64, CACHE_LINE))
+        line.add_incoming(ir.Constant(_INT64, 0), before)
+        line.add_incoming(following, body)
+        builder.cbranch(builder.icmp_signed("<", following, row_bytes), body, after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    numbers = [types.intp] * 5
+    return types.void(column, *numbers, types.uintp), generate
+
+
+def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
+    """Emit the prefetch of the cache line at an address."""
+    pointer = _BYTE.as_pointer()
+    function = builder.module.declare_intrinsic(
+        "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+    )
+    # Read access, data, second-level cache: it can have more outstanding requests than the first-level cache.
+    flags = [ir.Constant(_INT32, flag) for flag in (0, 2, 1)]
+    builder.call(function, [builder.inttoptr(address, pointer), *flags])
+
+
+def _splat(builder: ir.IRBuilder, value: Any) -> Any:
+    """Return a vector of :data:`GROUP` lanes with a value in each."""
+    one = builder.insert_element(
+        ir.Constant(ir.VectorType(value.type, GROUP), ir.Undefined), value, ir.Constant(_INT32, 0)
+    )
+    return _shuffle(builder, one, one, [0] * GROUP)
 
 
 def _load(builder: ir.IRBuilder, address: Any, kind: ir.VectorType) -> Any:

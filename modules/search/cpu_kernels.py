@@ -14,7 +14,16 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
-from modules.search.cpu_intrinsics import CACHE_LINE, GROUP, LANES, above, dots_byte, dots_half, lowest_bit, prefetch
+from modules.search.cpu_intrinsics import (
+    CACHE_LINE,
+    GROUP,
+    LANES,
+    dots_byte,
+    dots_half,
+    prefetch,
+    push_above,
+    request,
+)
 
 AHEAD = 6
 """Groups of entries whose vectors are prefetched; more than a core's outstanding reads would gain nothing."""
@@ -57,43 +66,55 @@ def place_of(key: np.uint64) -> np.int64:
 
 
 @numba.njit(nogil=True)
-def nth_largest(keys: np.ndarray, count: int, n: int) -> np.uint64:
-    """Return the n-th largest (from 0) of the first ``count`` different keys; reorders them (Hoare's selection)."""
-    low, last = 0, count - 1
-    while low < last:
-        middle = (low + last) >> 1
-        pivot = keys[middle]
-        keys[middle], keys[last] = keys[last], pivot
-        # Lomuto's partition without a branch, which would be mispredicted half of the time.
-        place = low
-        for i in range(low, last):
-            key = keys[i]
-            keys[i] = keys[place]
-            keys[place] = key
-            place += int(key > pivot)
-        keys[last], keys[place] = keys[place], pivot
-        if n == place:
-            break
-        if n < place:
-            last = place - 1
-        else:
-            low = place + 1
-    return keys[n]
+def least_of_best(keys: np.ndarray, count: int, keep: int, most: int) -> np.uint64:
+    """Return the smallest of the best ``keep`` to ``most`` of the first ``count`` different keys.
+
+    Its bits are found from the highest to the lowest: a bit is set if ``keep`` keys are not below the number then.
+    Counting has no branches and is compiled to vector instructions, so a pass over some hundred keys takes less time
+    than a few mispredicted branches of a partition.
+    """
+    low, high = keys[0], keys[0]
+    for i in range(count):
+        low, high = min(low, keys[i]), max(high, keys[i])
+    bound = np.uint64(0)
+    for bit in range(63, -1, -1):
+        tried = bound | (np.uint64(1) << np.uint64(bit))
+        if (low ^ high) >> np.uint64(bit) == 0:  # All keys have this bit and those before it in common.
+            bound = tried if tried <= low else bound
+            continue
+        reached = 0
+        for i in range(count):
+            reached += int(keys[i] >= tried)
+        if reached >= keep:
+            bound = tried
+            if reached <= most:
+                break
+    least = high
+    for i in range(count):
+        least = min(least, keys[i]) if keys[i] >= bound else least
+    return least
 
 
 @numba.njit(nogil=True)
-def keep_best(keys: np.ndarray, spare: np.ndarray, count: int, keep: int) -> np.uint64:
-    """Cut a list to its ``keep`` largest keys, without changing their order, and return the smallest of them."""
-    # A loop: numba takes seconds to compile an assignment to a slice.
-    for i in range(count):
-        spare[i] = keys[i]
-    least = nth_largest(spare, count, keep - 1)
+def keep_best(keys: np.ndarray, count: int, keep: int, most: int) -> tuple[int, np.uint64]:
+    """Cut a list to its best keys, without changing their order.
+
+    Args:
+        keys: the list; all keys are different.
+        count: keys in the list, at least ``keep``.
+        keep: smallest number of keys that are left.
+        most: largest number; a cut to an exact number takes longer.
+
+    Returns:
+        The number of keys that are left, and the smallest of them.
+    """
+    least = least_of_best(keys, count, keep, most)
     kept = 0
     for i in range(count):
         key = keys[i]
         keys[kept] = key
         kept += int(key >= least)
-    return least
+    return kept, least
 
 
 @numba.njit(nogil=True)
@@ -184,13 +205,15 @@ def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.fl
         rows_2, width_2 = vectors_2.shape
         base_2, row_bytes_2, blocks_2 = vectors_2.ctypes.data, width_2 * vectors_2.itemsize, width_2 // LANES
         both, length = parts == 2, out.shape[1]
-        keys = np.empty(4 * length + 64, np.uint64)
-        spare = np.empty_like(keys)
+        # The list may grow by a group beyond its capacity before it is cut.
+        capacity = 3 * length + 64
+        keys = np.empty(capacity + 2 * GROUP, np.uint64)
         offsets, offsets_2 = np.empty((AHEAD, GROUP), np.int64), np.empty((AHEAD, GROUP), np.int64)
         scores, scores_2 = np.empty(GROUP, score_type), np.empty(GROUP, score_type)
         # Addresses and not array views: each view would change a reference count.
         group_bytes = GROUP * offsets.itemsize
         at_offsets, at_offsets_2 = offsets.ctypes.data, offsets_2.ctypes.data
+        at_keys = keys.ctypes.data
         at_scores, at_scores_2 = scores.ctypes.data, scores_2.ctypes.data
         for row in range(begin, end):
             low, high = first[row], stop[row]
@@ -211,23 +234,22 @@ def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.fl
                         for i in range(GROUP):
                             scores[i] += scores_2[i]
                     # A score equal to the worst one in the list does not count: all entries of the list are later.
-                    found = above(at_scores, floor)
-                    while found:
-                        i = lowest_bit(found)
-                        found &= found - 1
-                        if scores[i] > floor and here - i >= low:
-                            keys[count] = key_of(scores[i], here - i - low)
-                            count += 1
-                            if count == len(keys):
-                                floor = score_of(keep_best(keys, spare, count, length))
-                                count = length
-                if latest >= low:
+                    count += push_above(at_scores, floor, here - low, at_keys + count * keys.itemsize)
+                    if count > capacity:
+                        count, least = keep_best(keys, count, length, length + length // 4)
+                        floor = score_of(least)
+                if latest >= low + GROUP - 1:
+                    request(column, latest, shift, rows, base, row_bytes, at_offsets + slot * group_bytes)
+                    if both:
+                        place_2 = at_offsets_2 + slot * group_bytes
+                        request(column_2, latest, shift_2, rows_2, base_2, row_bytes_2, place_2)
+                elif latest >= low:
                     seek(latest, low, column, shift, rows, base, row_bytes, offsets, slot)
                     if both:
                         seek(latest, low, column_2, shift_2, rows_2, base_2, row_bytes_2, offsets_2, slot)
                 slot = (slot + 1) % AHEAD
             if count > length:
-                keep_best(keys, spare, count, length)
+                keep_best(keys, count, length, length)
             for i in range(length):
                 out[row, length - 1 - i] = low + place_of(keys[i])
 

@@ -162,11 +162,11 @@ def arguments_of(part: SearchPart) -> tuple[np.ndarray, int, np.ndarray, np.ndar
             f"search vectors must be rows of float16 or int8, a multiple of {LANES} wide, not {values.dtype} of width "
             f"{values.shape[1]}"
         )
-    query = values[part.vectors.rows(part.candidate)]
+    query, column = values[part.vectors.rows(part.candidate)], np.ascontiguousarray(part.column)
     if values.dtype == np.int8:
-        return part.column, shift, values, query
+        return column, shift, values, query
     # numba has no half precision: the kernel reads the bits.
-    return part.column, shift, values.view(np.uint16), query.astype(np.float32)
+    return column, shift, values.view(np.uint16), query.astype(np.float32)
 
 
 def search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *arguments: Any) -> SearchResult:

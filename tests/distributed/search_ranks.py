@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from tests.distributed.resume_ranks import STOP_AFTER, run
 from trainer.config.ranker import JobConfig, load_config
+from trainer.data.features import search_copy
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.evaluation import evaluate, predict
@@ -97,6 +99,8 @@ def main(out: Path, dataset: Path) -> None:
         with recorded_versions(world) as versions:
             outcome: dict[str, Any] = {"through": run(world, through), "versions": versions}
         outcome["workers"] = run(world, job(dataset, out / "workers", "data.workers=1", "data.prefetch=2"))
+        with patch.object(search_copy, "pays", lambda *sizes: True):
+            outcome["copies"] = run(world, job(dataset, out / "copies", "data.workers=2", "data.prefetch=1"))
         outcome["stopped"] = run(world, job(dataset, out / "stopped"), STOP_AFTER)
         outcome["resumed"] = run(world, job(dataset, out / "stopped"))
         on_device = "features.search.device=device"

@@ -39,6 +39,11 @@ def test_batches_made_ahead_are_the_same(outcomes: dict[str, Any]) -> None:
     assert outcomes["workers"]["report"] == outcomes["through"]["report"]
 
 
+def test_loader_processes_with_copies_of_the_vectors_make_the_same_batches(outcomes: dict[str, Any]) -> None:
+    assert outcomes["copies"]["losses"] == outcomes["through"]["losses"]
+    assert outcomes["copies"]["report"] == outcomes["through"]["report"]
+
+
 def test_searches_on_the_device_take_the_same_steps(outcomes: dict[str, Any]) -> None:
     through, device, changed = outcomes["through"], outcomes["device"], outcomes["changed"]
     assert device["losses"] == through["losses"] and device["report"] == through["report"]

@@ -18,6 +18,7 @@ from launch.doctor import host, packages, probe, report
 from launch.doctor.check import Check
 from launch.doctor.probe import ProbeError
 from tests.nursery import Nursery
+from trainer.runtime import large_pages
 
 GOOD = {"torch": "2.13.0+cpu", "fbgemm-gpu-cpu": "1.8.0", "torchrec": "1.8.0"}
 
@@ -232,7 +233,7 @@ def test_placement_names_the_cores_near_each_gpu(tmp_path: Path, monkeypatch: py
             "never",
             "ok",
             "tables on a CPU are in large pages (madvise); search vectors that loader processes share are in small "
-            "ones (shmem_enabled: never)",
+            "ones (shmem_enabled: never), and each process reads a copy in large ones if memory allows",
         ),
         ("always", "advise", "ok", "share are too (shmem_enabled: advise)"),
         ("madvise", None, "ok", "share are in small ones (no shmem_enabled)"),
@@ -243,7 +244,10 @@ def test_placement_names_the_cores_near_each_gpu(tmp_path: Path, monkeypatch: py
 def test_large_pages(
     own: str | None, shared: str | None, status: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "large_pages_setting", lambda memory="enabled": own if memory == "enabled" else shared)
+    for module in (host, large_pages):
+        monkeypatch.setattr(
+            module, "large_pages_setting", lambda memory="enabled": own if memory == "enabled" else shared
+        )
     check = host.check_large_pages()
     assert check.status == status and told in check.message
     assert bool(check.fix) == (status != "ok")

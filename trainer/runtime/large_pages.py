@@ -44,6 +44,11 @@ def large_pages_setting(memory: str = "enabled") -> str | None:
     return next((word[1:-1] for word in words if word.startswith("[")), None)
 
 
+def shared_memory_has_large_pages() -> bool:
+    """Return whether shared memory for which a program asks gets large pages."""
+    return large_pages_setting("shmem_enabled") in ("always", "within_size", "advise", "force")
+
+
 def zero_in_large_pages(values: Tensor) -> bool:
     """Fill a new tensor with zeros, in large pages where the system has any.
 

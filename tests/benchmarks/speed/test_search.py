@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.speed import search as benchmark
 from benchmarks.speed.shortlists import Clusters, HashCodes, top_of_shortlist
@@ -198,15 +199,50 @@ def test_codes_of_other_lengths_are_refused(bits):
         HashCodes.of(make(0)[2].vectors, bits, seed=0)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_entries_are_sorted_by_pages_for_each_user(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "VISITS", 500)
+    monkeypatch.setattr(benchmark, "VIDEOS", 400)
+    batch = benchmark.make_batch(3, 70_000, even=True, forked=False, seed=1)
+    found = np.empty_like(batch.items)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    benchmark.sort_by_pages(batch, found)
+    torch.set_num_threads(before)
+    groups = (batch.items + 1) * 128 // benchmark.PAGES
+    assert len(set(groups.tolist())) == 5
+    for user in range(3):
+        own = slice(user * 500, (user + 1) * 500)
+        order = np.argsort(groups[own], kind="stable")
+        np.testing.assert_array_equal(found[own], batch.items[own][order])
+
+
+def test_parts_of_a_batch_with_copies_find_the_same_entries() -> None:
+    batch = benchmark.make_batch(5, 3000, even=False, forked=False, seed=2)
+    parts = benchmark.with_copies(batch, 2)
+    assert [len(part.candidate) for part in parts] == [2, 3]
+    whole = search.top(
+        batch.first[:, 0].copy(), batch.stop[:, 0].copy(), 7, SearchPart(batch.items, batch.candidate, batch.vectors)
+    )
+    joined = []
+    for part, user in zip(parts, (0, 2), strict=True):
+        runs = (part.first[:, 0].copy(), part.stop[:, 0].copy())
+        found = search.top(*runs, 7, SearchPart(part.items, part.candidate, part.vectors))
+        joined += (found.at + user * benchmark.VISITS).tolist()
+        assert not np.shares_memory(part.vectors.values, batch.vectors.values)
+    assert joined == whole.at.tolist()
+
+
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "search.json"
     benchmark.main(["--users=2", "--rounds=1", "--catalogues", "2000", "--histories", "300", "500", f"--out={out}"])
     written = json.loads(out.read_text())
-    # One catalogue by two popularities, two kinds of memory and two numbers of threads.
-    assert len(written["bandwidth"]) == 8
+    # One catalogue by two popularities: two kinds of memory by two numbers of threads, and copies of two processes.
+    assert len(written["bandwidth"]) == 10
     for row in written["bandwidth"]:
         assert row["share_of_copy"] == pytest.approx(row["search_gb_s"] / row["copy_gb_s"])
-        assert row["microseconds_per_user"] > 0 and row["read_gb_s"] > 0
+        names = ("read_gb_s", "sorted_read_gb_s", "loop_gb_s", "microseconds_per_user", "sort_microseconds_per_user")
+        assert all(row[name] > 0 for name in names)
     recall = {(row["history"], row["search"]): row["recall"] for row in written["recall"]}
     assert {history for history, _ in recall} == {300, 500}
     for history in (300, 500):

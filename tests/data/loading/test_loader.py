@@ -23,8 +23,10 @@ import torch
 from tests.memory_flags import kilobytes, memory_flags, own_memory
 from trainer.config.features import FeatureConfig, HistoryConfig
 from trainer.console.errors import UserError
+from trainer.data.features import search_copy
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import fit_features
+from trainer.data.features.search_vectors import SearchSpace, SpaceTable
 from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import Rows
@@ -429,6 +431,24 @@ def test_the_search_space_is_asked_for_all_batches_that_are_made_ahead(write_dat
     # An evaluation searches in one version only.
     ranks.loader(workers=workers, prefetch=prefetch, space=space)
     assert len(asked) == 1
+
+
+def test_a_worker_process_reads_its_copy_of_the_search_vectors(write_dataset, monkeypatch):
+    asked = []
+    monkeypatch.setattr(search_copy, "pays", lambda *sizes: asked.append(sizes) or True)
+    monkeypatch.setattr(loader, "local_size", lambda: 3)
+    tables = {"item": SpaceTable(5, 16)}
+    space = SearchSpace(tables, tables, "int8", refresh_steps=4)
+    maker = Ranks(write_dataset(rows=80)).loader(workers=2, space=space)._maker
+    for version in (0, 1, 2):
+        space.at(version)["item"][:] = version + 1
+        # The rank itself, which has no other memory than that of its processes, reads what they share.
+        assert np.shares_memory(maker._vectors(version)["item"], space.at(version)["item"])
+        with monkeypatch.context() as worker:
+            worker.setattr(loader, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
+            own = maker._vectors(version)["item"]
+        assert (own == version + 1).all() and not np.shares_memory(own, space.at(version)["item"])
+    assert asked == [(space.version_bytes, 6)]
 
 
 def test_every_tensor_of_a_batch_is_kept_for_a_stream(write_dataset, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules.search import reference, search
-from modules.search.cpu_kernels import nth_largest
+from modules.search.cpu_kernels import keep_best
 from modules.search.search import SearchPart, SearchResult, SearchVectors
 
 COLUMNS = 700
@@ -143,10 +143,22 @@ def test_parts_of_two_types_are_refused():
 
 
 @settings(deadline=None)
-@given(keys=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=200, unique=True), data=st.data())
-def test_nth_largest(keys, data):
-    n = data.draw(st.integers(0, len(keys) - 1))
-    assert nth_largest(np.array(keys, np.uint64), len(keys), n) == sorted(keys, reverse=True)[n]
+@given(
+    # Also keys that differ in their lowest bits only, as those of entries with the same score do.
+    keys=st.lists(
+        st.one_of(st.integers(0, 2**64 - 1), st.integers(2**63, 2**63 + 300)), min_size=1, max_size=200, unique=True
+    ),
+    data=st.data(),
+)
+def test_the_best_keys_are_kept_in_their_order(keys, data):
+    keep = data.draw(st.integers(1, len(keys)))
+    most = data.draw(st.integers(keep, len(keys)))
+    listed = np.array([*keys, 2**64 - 1], np.uint64)  # What lies behind the list does not count.
+    kept, least = keep_best(listed, len(keys), keep, most)
+    assert keep <= kept <= most
+    best = sorted(keys, reverse=True)[:kept]
+    assert listed[:kept].tolist() == [key for key in keys if key in best]
+    assert least == best[-1]
 
 
 def test_padding_changes_no_score():

@@ -52,6 +52,8 @@ class SearchSpace:
 
     Attributes:
         refresh_steps: as given.
+        shared: ``forked``, as given.
+        version_bytes: size of the memory of a version.
         newest: version that was written last; -1 before the first.
     """
 
@@ -63,14 +65,14 @@ class SearchSpace:
         refresh_steps: int,
         forked: bool = True,
     ) -> None:
-        self.refresh_steps, self.newest = refresh_steps, -1
+        self.refresh_steps, self.shared, self.newest = refresh_steps, forked, -1
         self._dtype = np.dtype(dtype)
         self._tables = (dict(tables), dict(later))
         # Memory is mapped once with the larger size, because forked workers cannot see a later mapping.
         size = max(sum(_values(table) for table in each.values()) for each in self._tables)
+        self.version_bytes = size * self._dtype.itemsize
         self._places = [
-            np.frombuffer(_memory(size * self._dtype.itemsize, forked), self._dtype)
-            for _ in range(2 if refresh_steps else 1)
+            np.frombuffer(large_memory(self.version_bytes, forked), np.uint8) for _ in range(2 if refresh_steps else 1)
         ]
 
     def tables(self, version: int) -> dict[str, SpaceTable]:
@@ -82,7 +84,20 @@ class SearchSpace:
 
         The arrays are views; they are valid until the version after the next is written.
         """
-        flat, views, begin = self._places[version % len(self._places)], {}, 0
+        return self.views(self.bytes_of(version), version)
+
+    def bytes_of(self, version: int) -> np.ndarray:
+        """Return the memory of a version, ``[version_bytes]`` uint8."""
+        return self._places[version % len(self._places)]
+
+    def views(self, memory: np.ndarray, version: int) -> dict[str, np.ndarray]:
+        """Return what :meth:`at` returns, in other memory that holds the same bytes.
+
+        Args:
+            memory: ``[version_bytes]`` uint8.
+            version: version that it holds.
+        """
+        flat, views, begin = memory.view(self._dtype), {}, 0
         for name, table in self.tables(version).items():
             width = padded_width(table.dim)
             views[name] = flat[begin : begin + table.rows * width].reshape(-1, width)
@@ -160,8 +175,13 @@ def _values(table: SpaceTable) -> int:
     return -(-table.rows * padded_width(table.dim) // CACHE_LINE) * CACHE_LINE
 
 
-def _memory(size: int, forked: bool) -> mmap.mmap:
-    """Return anonymous memory, in large pages if the system allows it: searches read it in random order."""
+def large_memory(size: int, forked: bool = False) -> mmap.mmap:
+    """Return anonymous memory, in large pages if the system allows it: searches read it in random order.
+
+    Args:
+        size: bytes.
+        forked: True if processes that are forked later must see what is written after the fork.
+    """
     # Shared memory gets large pages only if the administrator enables them (shmem_enabled); private memory mostly does.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if forked else mmap.MAP_PRIVATE))
     memory.madvise(mmap.MADV_HUGEPAGE)

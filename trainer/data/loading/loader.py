@@ -32,6 +32,7 @@ from trainer.console.text_table import size_text
 from trainer.data.features.device_places import DevicePlaces
 from trainer.data.features.history_sequences import Searched
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
+from trainer.data.features.search_copy import SearchCopy
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec, Rows
@@ -41,6 +42,7 @@ from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch import RankingBatch, ReadPosition, unpack
 from trainer.data.loading.batch_plan import BlockSlice, ReadPlan, partitions_of_rank
 from trainer.data.loading.block_reader import BlockReader
+from trainer.runtime.distributed import local_size
 from trainer.runtime.large_pages import without_copies_in_children
 
 _PR_SET_PDEATHSIG = 1
@@ -269,6 +271,8 @@ class _BatchMaker(Dataset):
         self._reader, self._histories, self._feature_map = reader, histories, feature_map
         self._as_of_limit_ms, self._frozen, self._space = as_of_limit_ms, frozen_statistics, space
         self._left_to = left_to
+        self._copy: SearchCopy | None = None
+        """What a worker process reads in place of the shared vectors."""
 
     def prepare(self) -> None:
         """Do the shared work before the worker processes are forked."""
@@ -295,7 +299,14 @@ class _BatchMaker(Dataset):
         """Return a version of the search vectors, or what takes their place; None if no feature needs them."""
         if self._left_to is not None:
             return self._left_to
-        return None if self._space is None else self._space.at(version)
+        if self._space is None:
+            return None
+        worker = get_worker_info()
+        if worker is None:
+            return self._space.at(version)
+        if self._copy is None:
+            self._copy = SearchCopy(self._space, worker.num_workers * local_size())
+        return self._copy.at(version)
 
 
 def freeze_rows(rows: Rows, as_of_limit_ms: int | None, frozen: FrozenStatistics | None) -> np.ndarray:
