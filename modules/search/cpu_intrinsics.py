@@ -11,6 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core.cgutils import get_or_insert_function
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 LANES = 16
@@ -143,7 +144,7 @@ def request(
     the latest entry's first, are written as int64 numbers to address ``offsets``.
     """
     if column.layout != "C" or column.dtype not in (types.int64, types.int32):
-        return None
+        raise TypingError(f"a column of ids must be contiguous int64 or int32, not {column}")
     long = column.dtype == types.int64
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
