@@ -32,7 +32,7 @@ from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.preemption import until_preempted
-from trainer.runtime.tracking import record_results
+from trainer.runtime.tracking import record_scalars
 from trainer.semantic_ids.follow import Follower, StopRequest
 from trainer.semantic_ids.follow_setup import follow_settings, open_codes, open_fusion, open_segments
 from trainer.semantic_ids.segment_source import Clock
@@ -81,7 +81,7 @@ def embed(config: EmbeddingJob, world: World) -> None:
             world.barrier()
             if world.rank == 0:
                 counts = merge_parts(update, setup.encoder.dim, read_segments(config.data.path, kind))
-                record_results({f"{kind}/{name}": count for name, count in counts.items()}, 0)
+                record_scalars({f"{kind}/{name}": count for name, count in counts.items()}, 0)
             # The other ranks wait here, because planning the next kind reads the directory that rank 0 changes.
             world.barrier()
 

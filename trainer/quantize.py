@@ -24,7 +24,7 @@ from trainer.console.exit_status import end_on_sigterm
 from trainer.console.job_arguments import QUANTIZE_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
 from trainer.runtime.distributed import World, run_rank
-from trainer.runtime.tracking import record_results
+from trainer.runtime.tracking import record_scalars
 from trainer.semantic_ids import codebook_fit
 from trainer.semantic_ids.code_matching import KeptShares
 from trainer.semantic_ids.codebook_fit import FitData
@@ -103,7 +103,7 @@ def _fit_and_write(
         report=report,
     )
     levels = enumerate((report or {}).get("levels", ()), 1)
-    record_results({name: value for level, found in levels for name, value in numbers(found, f"held_out/{level}")}, 0)
+    record_scalars({name: value for level, found in levels for name, value in numbers(found, f"held_out/{level}")}, 0)
 
 
 if __name__ == "__main__":

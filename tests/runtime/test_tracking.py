@@ -17,12 +17,14 @@ from tests.forked import ForkedJob
 from tests.runtime.recorded_mlflow import RecordedRun
 from trainer.console.errors import UserError
 from trainer.console.exit_status import Terminated
+from trainer.runtime import tracking
 from trainer.runtime.mlflow_keeper import mark_killed
 from trainer.runtime.mlflow_store import REASON, MlflowRun, MlflowTarget
 from trainer.runtime.preemption import Preempted
 from trainer.runtime.run_lock import locked
 from trainer.runtime.run_status import KILLED_REASON, read_status, record_failure, recorded_status
-from trainer.runtime.tracking import record_results, record_scalars, tracked, tracked_run
+from trainer.runtime.scalars import open_scalars
+from trainer.runtime.tracking import record_scalars, tracked, tracked_run
 
 TARGET = MlflowTarget("store", "small", "run", {})
 
@@ -71,23 +73,57 @@ def test_the_reason_is_that_of_the_rank_that_failed_first(
     assert status is not None and runs[0].ends == [(status.state, status.reason)] == [("failed", "rank 1: no space")]
 
 
-def test_a_store_that_fails_after_the_results_are_written_is_a_warning(
+def test_a_store_that_fails_while_the_job_runs_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs = RecordedRun.in_place_of_mlflow(monkeypatch)
 
-    def refuse(*words: str) -> None:
+    def refuse(*words: object) -> None:
         raise UserError("run.mlflow = 'store': no space")
 
     with tracked(tmp_path, TARGET):
-        monkeypatch.setattr(runs[0], "flush", refuse)
+        writer = open_scalars(tmp_path / "tensorboard", 0)
+        with monkeypatch.context() as full:
+            for name in ("add_scalar", "flush", "close"):
+                full.setattr(runs[0], name, refuse)
+            # The rankers' writer, the one of the other loops, and the values of a whole epoch.
+            writer.add_scalar("loss", 3.0, 1)
+            writer.flush()
+            tracked_run().add_scalar("loss", 2.0, 2)  # type: ignore[union-attr]
+            record_scalars({"loss": 1.0}, 3)
+        # There is room again.
+        record_scalars({"auc": 0.5}, 4)
+        writer.close()
         monkeypatch.setattr(runs[0], "end", refuse)
-        record_results({"auc": 0.5}, 1)
-        with pytest.raises(UserError, match="no space"):
-            record_scalars({"loss": 1.0}, 1)
     assert [record.getMessage() for record in caplog.records] == [
-        "run.mlflow = 'store': no space; the files of the run itself are complete"
-    ] * 2
+        "run.mlflow = 'store': no space; the job goes on, and its own files are complete"
+    ]
+    assert runs[0].scalars == [("auc", 0.5, 4)]
+    (board,) = (tmp_path / "tensorboard").iterdir()
+    assert board.stat().st_size > 100, "TensorBoard has the value"
+
+
+def test_a_baseline_that_cannot_be_opened_is_a_warning_and_the_job_itself_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = RecordedRun.in_place_of_mlflow(monkeypatch)
+
+    def refuse(*words: object) -> None:
+        raise UserError("run.mlflow = 'store': no space")
+
+    with tracked(tmp_path, TARGET):
+        with monkeypatch.context() as full:
+            full.setattr(tracking, "MlflowRun", refuse)
+            with tracked(tmp_path / "baselines" / "mmoe", TARGET):
+                record_scalars({"loss": 1.0}, 1)
+        record_scalars({"auc": 0.5}, 2)
+    assert [(run.scalars, run.ends) for run in runs] == [([("auc", 0.5, 2)], [("finished", "")])]
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning.startswith("run.mlflow = 'store': no space; the job goes on, and ") and "mmoe" in warning
+    monkeypatch.setattr(tracking, "MlflowRun", refuse)
+    with pytest.raises(UserError, match="no space"), tracked(tmp_path, TARGET):
+        pass
+    assert tracked_run() is None
 
 
 def test_without_a_store_nothing_is_written(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from trainer.config.diff import flat_settings
 from trainer.config.sections import TrackingConfig
 from trainer.runtime.files import write_json
 from trainer.runtime.mlflow_store import MlflowTarget
-from trainer.runtime.tracking import record_results, tracked
+from trainer.runtime.tracking import record_scalars, tracked
 
 _SECTIONS = {
     "behaviours": "held_out",
@@ -61,9 +61,6 @@ def tracked_baseline(config: TrackedJob, directory: Path, baseline: str, rank: i
         directory: of the model's files.
         baseline: kind of the baseline; empty for the job's own model.
         rank: of this process.
-
-    Raises:
-        UserError: the file store cannot be written.
     """
     with tracked(directory, mlflow_target(config, directory, baseline) if baseline and rank == 0 else None):
         yield
@@ -71,8 +68,6 @@ def tracked_baseline(config: TrackedJob, directory: Path, baseline: str, rank: i
 
 def write_metrics(directory: Path, document: Mapping[str, Any], step: int) -> None:
     """Write ``metrics.json`` of a model, and its metrics to its tracked run, if it has one.
-
-    A store that cannot be written is a warning: the result of the model is in its file then.
 
     Args:
         directory: of the model's files.
@@ -86,7 +81,7 @@ def write_metrics(directory: Path, document: Mapping[str, Any], step: int) -> No
         for part in section.split("."):
             found = found.get(part) if isinstance(found, Mapping) else None
         values |= numbers(found, first)
-    record_results(values, step)
+    record_scalars(values, step)
 
 
 def numbers(values: Any, name: str) -> Iterator[tuple[str, float]]:

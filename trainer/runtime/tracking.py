@@ -3,6 +3,9 @@
 A job is inside of :func:`tracked`, which opens a run for it; a further model of the job, such as a baseline, is inside
 of another one. Code that has a scalar to write asks for the innermost run by :func:`tracked_run`.
 
+The store only mirrors a run: the files of the run itself have all that it shows. So a store that cannot be opened is an
+error before the job begins, and one that fails later is a warning, once, and costs the job nothing.
+
 An end by an exception is written when it passes by. A process that is killed writes nothing, so another process waits
 for its end: ``trainer/runtime/mlflow_keeper.py``.
 """
@@ -28,8 +31,56 @@ _DISMISS_SECONDS = 10.0
 
 _ROOT = Path(__file__).resolve().parents[2]
 
-_open: list[MlflowRun] = []
-"""Runs of this process; that of a model inside of another one comes last."""
+
+class TrackedRun:
+    """The run of a model, as its job writes to it: an error of the store is a warning, the first time.
+
+    Values that the store did not take are lost there; the next ones are tried again.
+
+    Args:
+        run: the run in the store.
+    """
+
+    def __init__(self, run: MlflowRun) -> None:
+        self._run, self._told = run, False
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Write a value of a step, a few seconds later at most."""
+        with self._warned_once():
+            self._run.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Write all values to the store."""
+        with self._warned_once():
+            self._run.flush()
+
+    def close(self) -> None:
+        """Write all values to the store; the run goes on until the block of its model ends."""
+        with self._warned_once():
+            self._run.close()
+
+    def finish(self, keeper: subprocess.Popen[bytes]) -> None:
+        """Write that the model has finished, and let the process go that waits for the end of the job.
+
+        If the store cannot be written, this process stays, and tries it once more at the end of the job.
+        """
+        with self._warned_once():
+            self._run.end(FINISHED)
+            _dismiss(keeper)
+
+    @contextmanager
+    def _warned_once(self) -> Iterator[None]:
+        """Turn an error of the store in the block into a warning, or into nothing if there was one before."""
+        try:
+            yield
+        except UserError as error:
+            if not self._told:
+                logger.warning(f"{error}; the job goes on, and its own files are complete")
+            self._told = True
+
+
+_open: list[TrackedRun | None] = []
+"""Runs of this process; that of a model inside of another one comes last. None: it could not be opened."""
 
 
 @contextmanager
@@ -40,18 +91,29 @@ def tracked(directory: Path, target: MlflowTarget | None) -> Iterator[None]:
         directory: of the model's files; a run whose ``metrics.json`` is in it has finished, whatever comes after it.
         target: place of the model; None for no file store, and on every rank but the first.
 
-    A store that cannot be written at the end of a block that raises nothing is a warning: the results are there. The
-    process that waits for the end of the job tries it once more then.
-
     Raises:
-        UserError: MLflow is not installed, or the store cannot be written at the start.
+        UserError: MLflow is not installed, or the store cannot be written as the job starts. For a further model of the
+            job, such as a baseline, that is a warning.
     """
     if target is None:
         yield
         return
-    run, process = MlflowRun(directory, target), os.getpid()
+    try:
+        run, process = MlflowRun(directory, target), os.getpid()
+    except UserError as error:
+        if not _open:
+            raise
+        logger.warning(f"{error}; the job goes on, and {directory} has the files of this model")
+        # Its values belong to no other model.
+        _open.append(None)
+        try:
+            yield
+        finally:
+            _open.remove(None)
+        return
     keeper = _start_keeper(directory, target, run)
-    _open.append(run)
+    of_model = TrackedRun(run)
+    _open.append(of_model)
     try:
         yield
     except BaseException as error:
@@ -63,46 +125,22 @@ def tracked(directory: Path, target: MlflowTarget | None) -> Iterator[None]:
                 _dismiss(keeper)
         raise
     else:
-        with _only_warned():
-            run.end(FINISHED)
-            _dismiss(keeper)
+        of_model.finish(keeper)
     finally:
-        _open.remove(run)
+        _open.remove(of_model)
 
 
-def tracked_run() -> MlflowRun | None:
+def tracked_run() -> TrackedRun | None:
     """Return the run of the innermost model; None without a file store, and on every rank but the first."""
     return _open[-1] if _open else None
 
 
 def record_scalars(values: Mapping[str, float], step: int) -> None:
-    """Write scalars of a step to the run of the innermost model, if it has one.
-
-    Raises:
-        UserError: the store cannot be written.
-    """
+    """Write scalars of a step to the run of the innermost model, if it has one."""
     if (run := tracked_run()) is not None:
         for name, value in values.items():
             run.add_scalar(name, value, step)
         run.flush()
-
-
-def record_results(values: Mapping[str, float], step: int) -> None:
-    """Write scalars as :func:`record_scalars` does, after the job has written the same results to its own files.
-
-    They are not lost with the store, so a store that cannot be written is a warning.
-    """
-    with _only_warned():
-        record_scalars(values, step)
-
-
-@contextmanager
-def _only_warned() -> Iterator[None]:
-    """Turn the error of a store in the block into a warning."""
-    try:
-        yield
-    except UserError as error:
-        logger.warning(f"{error}; the files of the run itself are complete")
 
 
 def end_of_run(directory: Path, state: str, reason: str) -> tuple[str, str]:
