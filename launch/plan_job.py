@@ -13,7 +13,9 @@ from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
+from trainer.engine.build_engine import rows_per_rank
 from trainer.planning.accelerators import Cluster
+from trainer.planning.counted_ids import count_ids
 from trainer.planning.plan_text import draw_plan, format_plan
 from trainer.planning.ranker_plan import Assumptions, plan_ranker
 from trainer.runtime.files import write_json
@@ -27,6 +29,8 @@ def plan_job(
     rows: Mapping[str, int],
     fill: float,
     distinct: float | None,
+    zipf: float | None,
+    count: bool,
     answers: float,
     mfu: float | None,
 ) -> dict[str, Any]:
@@ -37,7 +41,8 @@ def plan_job(
         overrides: ``section.key=value``, as typed.
         cluster: the cluster.
         rows: table -> other number of rows.
-        fill, distinct, mfu: see :class:`trainer.planning.ranker_plan.Assumptions`.
+        fill, distinct, zipf, mfu: see :class:`trainer.planning.ranker_plan.Assumptions`.
+        count: count the ids of a rank's step in the dataset.
         answers: share of the tokens that have a loss.
 
     Raises:
@@ -48,14 +53,17 @@ def plan_job(
     if kind not in ("train", "finetune"):
         raise UserError(f"{file}: is a job of limelight {kind}; limelight plan plans those of train and finetune")
     job = validate(job_model(kind), raw, file)
-    assumed = Assumptions(fill, distinct, mfu)
+    assumed = Assumptions(fill, distinct, mfu, zipf)
     if isinstance(job, JobConfig):
-        return plan_ranker(job, DatasetSpec.load(job.data.path), cluster, assumed, rows)
+        counted = count_ids(job, rows_per_rank(job, cluster.gpus)) if count else None
+        return plan_ranker(job, DatasetSpec.load(job.data.path), cluster, assumed, rows, counted)
     assert isinstance(job, FinetuneConfig)
     from trainer.planning.language_model_plan import plan_finetune
 
     if rows:
         raise UserError(f"--rows {next(iter(rows))}: a fine-tuning job has no tables")
+    if count:
+        raise UserError("--count-ids: a fine-tuning job has no tables")
     return plan_finetune(job, cluster, assumed, answers)
 
 

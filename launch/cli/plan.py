@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from launch.cli.command import Command, json_option, messages_on_stderr, print_json
+from trainer.console.errors import UserError
 from trainer.console.job_arguments import TRAIN_ARGUMENTS
 from trainer.console.outputs import InputPath, LocalOutputPath
 
@@ -76,6 +77,18 @@ _SHARE = click.FloatRange(0, 1, min_open=True)
     "have).",
 )
 @click.option(
+    "--zipf",
+    type=click.FloatRange(0, 4),
+    metavar="EXPONENT",
+    help="Ranker: users, authors and items are drawn by Zipf's law with this exponent; 1 is common, 0 draws evenly.",
+)
+@click.option(
+    "--count-ids",
+    is_flag=True,
+    help="Ranker: read the rows of one rank's step from the dataset and count their ids, instead of assuming how they "
+    "are distributed.",
+)
+@click.option(
     "--answers",
     type=_SHARE,
     default=1.0,
@@ -103,6 +116,8 @@ def plan(
     rows: tuple[tuple[str, int], ...],
     fill: float,
     distinct: float | None,
+    zipf: float | None,
+    count_ids: bool,
     answers: float,
     mfu: float | None,
     as_json: bool,
@@ -113,10 +128,32 @@ def plan(
     from trainer.planning.accelerators import describe_cluster
     from trainer.planning.plan_text import format_plan
 
+    given = [
+        name
+        for name, is_given in (
+            ("--distinct", distinct is not None),
+            ("--zipf", zipf is not None),
+            ("--count-ids", count_ids),
+        )
+        if is_given
+    ]
+    if count_ids:
+        given += ["--rows"] * bool(rows) + ["--fill"] * (fill != 1.0)
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} say different things about the ids of a step; give one of them")
     cluster = describe_cluster(gpu, gpus, hosts, gpu_file)
     with messages_on_stderr(as_json):
         found = plan_job(
-            config, overrides, cluster, rows=dict(rows), fill=fill, distinct=distinct, answers=answers, mfu=mfu
+            config,
+            overrides,
+            cluster,
+            rows=dict(rows),
+            fill=fill,
+            distinct=distinct,
+            zipf=zipf,
+            count=count_ids,
+            answers=answers,
+            mfu=mfu,
         )
         if out is not None:
             write_plan(found, Path(out))

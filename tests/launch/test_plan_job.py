@@ -13,7 +13,15 @@ from tests.planning.test_plan_text import RANKER
 from trainer.console.errors import UserError
 from trainer.planning.accelerators import describe_cluster
 
-OPTIONS: dict[str, Any] = {"rows": {}, "fill": 1.0, "distinct": None, "answers": 1.0, "mfu": None}
+OPTIONS: dict[str, Any] = {
+    "rows": {},
+    "fill": 1.0,
+    "distinct": None,
+    "zipf": None,
+    "count": False,
+    "answers": 1.0,
+    "mfu": None,
+}
 
 
 def test_other_jobs_are_refused_with_the_command_that_they_are_for() -> None:
@@ -24,6 +32,11 @@ def test_other_jobs_are_refused_with_the_command_that_they_are_for() -> None:
 def test_a_fine_tuning_job_has_no_tables() -> None:
     with pytest.raises(UserError, match=r"^--rows item: a fine-tuning job has no tables$"):
         plan_job("configs/qwen2_7b_lora.toml", [], describe_cluster("cpu", 1, 1), **{**OPTIONS, "rows": {"item": 5}})
+
+
+def test_a_fine_tuning_job_has_no_ids_to_count() -> None:
+    with pytest.raises(UserError, match=r"^--count-ids: a fine-tuning job has no tables$"):
+        plan_job("configs/qwen2_7b_lora.toml", [], describe_cluster("cpu", 1, 1), **{**OPTIONS, "count": True})
 
 
 def test_the_files_of_a_plan_replace_earlier_ones(tmp_path: Path) -> None:

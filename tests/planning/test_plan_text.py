@@ -26,6 +26,7 @@ RANKER: dict[str, Any] = {
             "shards": [[500, 16], [500, 16]],
             "ids_per_step": 300.0,
             "distinct_ids_per_step": 250.4,
+            "share_of_busiest_rank": 0.625,
         }
     ],
     "memory": {

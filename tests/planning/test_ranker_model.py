@@ -38,6 +38,26 @@ def test_ids_of_a_batch_are_counted_by_table() -> None:
     assert model.table_ids(100, 1.0, 0.9)["item"].distinct == pytest.approx(expected_distinct(1100, 501))
 
 
+def test_a_dynamic_table_is_also_asked_for_ids_that_have_no_row() -> None:
+    config = job(features={"item": {"ids": "dynamic", "rows": 64}})
+    model = RankerModel.of(config, SPEC, {})
+    found = model.table_ids(5000, 1.0)["item"]
+    # There are 400 items in the dataset.
+    assert 64 < found.distinct == pytest.approx(expected_distinct(found.ids, 400))
+
+
+def test_ids_by_zipfs_law_are_fewer_and_fall_on_the_first_rows_of_ordered_tables() -> None:
+    features = {"item": {"ids": "hash", "rows": 5000}, "author": {"ids": "direct"}, "history": {}}
+    model = RankerModel.of(job(features=features), SPEC, {"author": 5000})
+    even, skewed = (model.table_ids(1000, 1.0, zipf=exponent) for exponent in (None, 1.0))
+    for table in ("item", "author", "user"):
+        assert skewed[table].distinct < even[table].distinct and skewed[table].ids == even[table].ids
+    assert skewed["author"].spread.between(0, 0.1) > 0.2 > skewed["item"].spread.between(0, 0.1)
+    assert skewed["side"] == even["side"]
+    sent = model.table_ids(1000, 1.0, deduplicate=False)
+    assert all(of_table.distinct == of_table.ids for of_table in sent.values())
+
+
 def test_micro_batches_need_less_memory_and_bfloat16_too() -> None:
     model = RankerModel.of(job(model={"expert_layers": [[32, 16]]}), SPEC, {})
     whole, parts = (model.network_cost(512, number, 1.0, bf16=False) for number in (1, 4))

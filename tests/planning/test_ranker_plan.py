@@ -15,12 +15,22 @@ from trainer.planning.ranker_plan import Assumptions, plan_ranker
 
 
 def planned(
-    gpu: str = "h200", gpus: int = 2, rows: dict[str, int] | None = None, exposures: int = 0, **sections: Any
+    gpu: str = "h200",
+    gpus: int = 2,
+    rows: dict[str, int] | None = None,
+    exposures: int = 0,
+    zipf: float | None = None,
+    **sections: Any,
 ) -> dict[str, Any]:
-    sections = {"train": {"batch_size": 1024}, "model": {"expert_layers": [[32, 16]]}, **sections}
-    config = parse_config({"data": {"path": "nowhere"}, **sections}, "job.toml")
+    sections = {
+        "data": {"path": "nowhere"},
+        "train": {"batch_size": 1024},
+        "model": {"expert_layers": [[32, 16]]},
+        **sections,
+    }
+    config = parse_config(sections, "job.toml")
     spec = replace(SPEC, exposures=exposures)
-    return plan_ranker(config, spec, describe_cluster(gpu, gpus, 1), Assumptions(), rows or {})
+    return plan_ranker(config, spec, describe_cluster(gpu, gpus, 1), Assumptions(zipf=zipf), rows or {})
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +86,22 @@ def test_a_table_whose_ids_meet_at_one_rank_is_named() -> None:
     assert plan["faster"][0]["seconds"] < plan["step"]["seconds"]
 
 
+def test_a_skew_makes_the_owner_of_popular_rows_busier_and_a_plan_says_what_it_assumes() -> None:
+    sections = {"features": {"item": {"sharding": "row_wise"}}, "train": {"batch_size": 1 << 16}}
+    even, skewed = (planned("h200", 8, {"item": 10**8}, zipf=zipf, **sections) for zipf in (None, 1.0))
+    shares, seconds, distinct = [], [], []
+    for plan in (even, skewed):
+        (item,) = (table for table in plan["tables"] if table["table"] == "item")
+        shares.append(item["share_of_busiest_rank"])
+        distinct.append(item["distinct_ids_per_step"])
+        seconds.append(plan["step"]["parts"]["rows"])
+    assert shares[0] == pytest.approx(1 / 8, rel=1e-3) and shares[1] > 2 * shares[0]
+    assert distinct[1] < distinct[0]
+    assert "the busiest owner may have more" in even["assumptions"]["ids"]
+    assert skewed["assumptions"]["ids"].startswith("Zipf's law with exponent 1")
+    assert skewed["step"]["busiest_rank"] == 0 and seconds[1] != seconds[0]
+
+
 def test_limits_of_the_dataset_are_problems_and_dynamic_ids_are_none() -> None:
     plan = planned(gpus=128, features={"item": {"ids": "dynamic", "rows": 64, "sharding": "row_wise"}})
     assert any(problem.startswith("128 ranks, and the dataset has 64 partitions") for problem in plan["problems"])
@@ -87,6 +113,27 @@ def test_limits_of_the_dataset_are_problems_and_dynamic_ids_are_none() -> None:
 def test_rows_that_the_ranks_cannot_share_are_one_line() -> None:
     with pytest.raises(UserError, match=r"^train\.batch_size = 1024 is not a multiple of the 3 ranks$"):
         planned(gpus=3)
+
+
+def test_the_host_of_a_gpu_keeps_snapshot_search_vectors_and_batches() -> None:
+    def parts(**sections: Any) -> dict[str, int]:
+        found: dict[str, int] = planned(data={"path": "nowhere", "workers": 3, "prefetch": 2}, **sections)[
+            "host_memory"
+        ]["parts"]
+        return found
+
+    plain, searched = parts(), parts(features=with_searches("cpu"))
+    rows = {table["table"]: table["rows"] for table in planned(features=with_searches("cpu"))["tables"]}
+    assert "search vectors" not in plain
+    # All rows of the items and of the authors, float16, of width 32 and 16.
+    once = 2 * (32 * rows["item"] + 16 * rows["author"])
+    assert searched["search vectors"] == 2 * once
+    fixed = parts(features=with_searches("cpu", refresh_steps=0, embedding="vectors.npz"))
+    assert fixed["search vectors"] == once
+    plan = planned(data={"path": "nowhere", "workers": 3, "prefetch": 2})
+    ids = sum(table["ids_per_step"] for table in plan["tables"])
+    # Two of each of three workers and two that are fetched ahead; beside the ids labels, masks and dense values.
+    assert 8 * (8 * ids + 8 * 2 * 512) < plan["host_memory"]["parts"]["batches ahead"] < 8 * 10 * ids
 
 
 CONSTANT = {"optimizer": {"decay": "constant", "warmup": 0}}
@@ -111,7 +158,8 @@ def test_histories_that_the_device_searches_are_in_its_memory() -> None:
     vectors = 32 * tables["item"] + 16 * tables["author"]
     assert searched(**with_searches("cpu")) == 0
     assert searched(**with_searches("device")) == searched(**with_searches("auto")) == visits + 2 * vectors
-    assert searched("cpu", **with_searches("device")) == visits + 2 * vectors
+    # A CPU searches the vectors that are in host memory anyway.
+    assert searched("cpu", **with_searches("device")) == visits
     assert searched(**with_searches("device", dtype="int8", tables=["author"])) == visits + 16 * tables["author"]
     # Histories of a stream move to places of their own when they grow.
     stream = {"data": {"path": "nowhere", "train_until": "2024-01-02"}, "stream": {}, **CONSTANT}

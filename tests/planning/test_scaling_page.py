@@ -49,7 +49,8 @@ def planned(dataset: Path, *overrides: str, **options: Any) -> dict[str, Any]:
         [*read["overrides"], f"data.path={dataset}", *overrides],
         describe_cluster(read["gpu"], read["gpus"], read["hosts"], read["gpu_file"]),
         rows=dict(read["rows"]),
-        **{name: read[name] for name in ("fill", "distinct", "answers", "mfu")},
+        count=read["count_ids"],
+        **{name: read[name] for name in ("fill", "distinct", "zipf", "answers", "mfu")},
     )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from trainer.planning.row_spread import EVEN, RowSpread
 from trainer.planning.table_memory import FLOAT
 
 ID = 8
@@ -21,10 +22,12 @@ class TableIds(NamedTuple):
     Attributes:
         ids: all ids.
         distinct: ids that are sent; all of them without deduplication.
+        spread: how the ids that are sent fall on the rows of the table.
     """
 
     ids: float
     distinct: float
+    spread: RowSpread = EVEN
 
 
 class RankTraffic(NamedTuple):
@@ -69,11 +72,11 @@ def expected_distinct(ids: float, rows: int) -> float:
 
 
 def rank_traffic(plan: Sequence[Mapping[str, Any]], ids: Mapping[str, TableIds], world: int) -> list[RankTraffic]:
-    """Return the exchange of each rank, if ids are spread evenly over the rows of their table.
+    """Return the exchange of each rank.
 
-    A rank sends each of its ``n`` distinct ids of a table to the rank that owns the row, so the owner of a share ``f``
-    of the rows gets ``f n`` ids from each of the ``W`` ranks. A table that is cut by columns sends every id to the
-    owner of each part.
+    A rank sends each of its ``n`` distinct ids of a table to the rank that owns the row, so the owner of rows to which
+    a share ``f`` of the ids falls gets ``f n`` ids from each of the ``W`` ranks. A table that is cut by columns sends
+    every id to the owner of each part.
 
     Args:
         plan: plan of :func:`trainer.sparse.planner.describe_plan`.
@@ -86,8 +89,8 @@ def rank_traffic(plan: Sequence[Mapping[str, Any]], ids: Mapping[str, TableIds],
         of_table, dim = ids[table["table"]], table["dim"]
         # Rank -> ids and bytes of rows that it serves to each rank.
         owned: dict[int, tuple[float, float]] = {}
-        for rank, (rows, columns) in zip(table["ranks"], table["shards"], strict=True):
-            served = of_table.distinct * rows / table["rows"]
+        for rank, columns, share in owned_shares(table, of_table.spread):
+            served = of_table.distinct * share
             before = owned.get(rank, (0.0, 0.0))
             owned[rank] = before[0] + served, before[1] + served * FLOAT * columns
         sent = sum(count for count, _ in owned.values())
@@ -111,6 +114,22 @@ def rank_traffic(plan: Sequence[Mapping[str, Any]], ids: Mapping[str, TableIds],
             ):
                 total[at[name]] += value
     return [RankTraffic(*total) for total in sums]
+
+
+def owned_shares(table: Mapping[str, Any], spread: RowSpread) -> list[tuple[int, int, float]]:
+    """Return rank, columns, and share of the sent ids of each shard of a table.
+
+    Args:
+        table: entry of a plan.
+        spread: how the ids fall on the rows.
+    """
+    found, first = [], 0
+    for rank, (rows, columns) in zip(table["ranks"], table["shards"], strict=True):
+        # Shards by rows follow each other; all others have every row.
+        begin = first if table["sharding"] == "row_wise" else 0
+        found.append((rank, columns, spread.between(begin / table["rows"], (begin + rows) / table["rows"])))
+        first += rows
+    return found
 
 
 def exchange_bytes(traffic: RankTraffic, world: int, *, overlap: bool, deduplicate: bool = True) -> float:

@@ -54,9 +54,21 @@ def _tables(plan: Mapping[str, Any]) -> str:
                 f"{largest[0]:,} x {largest[1]}",
                 f"{table['ids_per_step']:,.0f}",
                 f"{table['distinct_ids_per_step']:,.0f}",
+                f"{table['share_of_busiest_rank']:.1%}".replace("%", " %"),
             ]
         )
-    header = ["table", "sharding", "kernel", "on", "size", "bytes", "largest shard", "ids a step", "distinct"]
+    header = [
+        "table",
+        "sharding",
+        "kernel",
+        "on",
+        "size",
+        "bytes",
+        "largest shard",
+        "ids a step",
+        "distinct",
+        "busiest rank",
+    ]
     return text_table(header, lines, texts=4)
 
 

@@ -20,6 +20,7 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.engine.build_ranker import build_ranker
 from trainer.planning.exchange_traffic import TableIds, expected_distinct
 from trainer.planning.network_cost import NetworkCost, count_step
+from trainer.planning.row_spread import zipf_ids
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class RankerModel:
         features: its tables, lookups and inputs.
         tables: its tables, some with another number of rows than the job has.
         network: its network, on the meta device.
+        ordered: tables whose rows have the order of the ids.
     """
 
     features: FeatureMap
     tables: tuple[Table, ...]
     network: Ranker
+    ordered: frozenset[str] = frozenset()
 
     @staticmethod
     def of(config: JobConfig, spec: DatasetSpec, rows: Mapping[str, int]) -> RankerModel:
@@ -57,30 +60,53 @@ class RankerModel:
         tables = tuple(replace(table, rows=rows.get(table.name, table.rows)) for table in features.tables)
         with torch.device("meta"):
             network = build_ranker(config, features, config.model.kind)
-        return RankerModel(features, tables, network)
+        ordered = frozenset(name for name in ID_TABLES if getattr(config.features, name).ids in ("direct", "lookup"))
+        return RankerModel(features, tables, network, ordered)
 
     @property
     def parameters(self) -> int:
         """Number of the network's weights."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def table_ids(self, rows: int, fill: float, distinct: float | None) -> dict[str, TableIds]:
+    def table_ids(
+        self,
+        rows: int,
+        fill: float,
+        distinct: float | None = None,
+        zipf: float | None = None,
+        *,
+        deduplicate: bool = True,
+    ) -> dict[str, TableIds]:
         """Return table -> ids that a batch of ``rows`` rows reads.
 
         Args:
             rows: rows of one rank in a step.
             fill: mean length of a history, as a share of its largest one.
-            distinct: share of distinct ids among the ids of a step; None: as even draws would have it, and never more.
+            distinct: share of distinct ids among the ids of a step; None: as independent draws have it, and never more
+                than even ones.
+            zipf: exponent of the law by which users, authors and items are drawn; None: evenly.
+            deduplicate: each id is sent once.
         """
         counts = {table.name: 0.0 for table in self.tables}
         for lookup in self.features.lookups:
             counts[lookup.table] += ids_of(lookup, rows, fill)
         found = {}
         for table in self.tables:
-            ids = counts[table.name]
-            most = expected_distinct(ids, table.rows)
+            ids, population = counts[table.name], self._population(table)
+            if zipf is not None and table.name in ID_TABLES:
+                ordered = table.name in self.ordered
+                sent, spread = zipf_ids(ids, population, zipf, deduplicate=deduplicate, ordered=ordered)
+                found[table.name] = TableIds(ids, sent, spread)
+                continue
+            most = expected_distinct(ids, population) if deduplicate else ids
             found[table.name] = TableIds(ids, most if distinct is None else min(most, distinct * ids))
         return found
+
+    def _population(self, table: Table) -> int:
+        """Return the number of ids that are drawn: a dynamic table is also asked for ids that have no row."""
+        if table.dynamic is None:
+            return table.rows
+        return max(table.rows, self.features.spec.ids[table.name].count)
 
     def network_cost(self, rows: int, parts: int, fill: float, *, bf16: bool) -> NetworkCost:
         """Return the cost of the network for the rows of a step.

@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from modules.search.search import padded_width
 from modules.table_set import TableSet
 from trainer.checkpoint.run_directory import with_precision
 from trainer.config.deepspeed import complete_settings, is_enabled
@@ -18,21 +15,31 @@ from trainer.config.features import MAX_TABLE_ROWS
 from trainer.config.precision import dense_settings, resolve_precision
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
-from trainer.data.format.growing_history import MOST_PLACES
 from trainer.data.format.schema import DatasetSpec
 from trainer.engine.build_engine import rows_per_rank
 from trainer.planning.accelerators import Cluster
+from trainer.planning.counted_ids import CountedIds
 from trainer.planning.dense_memory import ZeroSettings, dense_memory
-from trainer.planning.exchange_traffic import RankTraffic, exchange_bytes, rank_traffic
+from trainer.planning.exchange_traffic import (
+    RankTraffic,
+    TableIds,
+    exchange_bytes,
+    owned_shares,
+    rank_traffic,
+)
+from trainer.planning.rank_memory import (
+    AVERAGE,
+    batches_ahead,
+    fullest_host,
+    host_memory,
+    id_columns,
+    searched_histories,
+)
 from trainer.planning.ranker_model import RankerModel
+from trainer.planning.remedies import find_remedies
 from trainer.planning.step_time import StepTime, step_time
-from trainer.planning.table_memory import RankTables, optimizer_bytes, rank_tables, table_bytes
-from trainer.ranking.device_entries import entry_bytes
-from trainer.ranking.device_histories import AUTO_SHARE, refusal
-from trainer.ranking.growing_device_histories import places_for
-from trainer.sparse.dynamic_ids import ID_BYTES
+from trainer.planning.table_memory import optimizer_bytes, rank_tables, table_bytes
 from trainer.sparse.planner import (
-    RESERVED_SHARE,
     TableOptimizer,
     describe_plan,
     describe_topology,
@@ -42,12 +49,6 @@ from trainer.sparse.planner import (
 
 RUNTIME_BYTES = {"cuda": 2 * 10**9, "cpu": 5 * 10**8}
 """Bytes of a process beside the job: context of CUDA, buffers of NCCL, libraries. An assumption."""
-
-SNAPSHOT_DENSE = 12
-"""Bytes of a network's weight in a snapshot: value and two moments in float32, whole on each rank."""
-
-AVERAGE = 4
-"""Bytes of a network's weight in the mean over time of ``stream.average_hours``, whole on each rank."""
 
 LOADER_IDS_PER_S = 33_600_000
 """Ids that one core of a loader process prepares in a second: 77,500 rows of 434 ids in
@@ -63,17 +64,24 @@ class Assumptions:
 
     Attributes:
         fill: mean length of a history, as a share of its largest one.
-        distinct: share of distinct ids among the ids of a rank in a step; None: as even draws would have it.
+        distinct: share of distinct ids among the ids of a rank in a step; None: as independent draws would have it.
+        zipf: exponent of Zipf's law by which users, authors and items are drawn; None: evenly.
         mfu: share of the peak rate that products reach; None: the default of the kind of job.
     """
 
     fill: float = 1.0
     distinct: float | None = None
     mfu: float | None = None
+    zipf: float | None = None
 
 
 def plan_ranker(
-    config: JobConfig, spec: DatasetSpec, cluster: Cluster, assumed: Assumptions, rows: Mapping[str, int]
+    config: JobConfig,
+    spec: DatasetSpec,
+    cluster: Cluster,
+    assumed: Assumptions,
+    rows: Mapping[str, int],
+    counted: CountedIds | None = None,
 ) -> dict[str, Any]:
     """Return the plan of a job as JSON: placement, memory, step time, problems and what would solve them.
 
@@ -83,6 +91,7 @@ def plan_ranker(
         cluster: the cluster.
         assumed: what the job does not say.
         rows: table -> other number of rows than the dataset needs today.
+        counted: ids of a rank's step in the dataset, in place of what is assumed about them.
 
     Raises:
         UserError: the job does not fit the dataset, or has a setting that no cluster accepts.
@@ -90,6 +99,8 @@ def plan_ranker(
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     world, figures, kind = cluster.gpus, cluster.accelerator, config.tables.optimizer
     batch = rows_per_rank(config, world)
+    if counted is not None:
+        assumed = replace(assumed, fill=counted.fill)
     config = with_precision(config, resolve_precision(config.train, figures.device))
     settings = complete_settings(dense_settings(config.train), batch, world, origin=config.train.deepspeed)
     zero = ZeroSettings(settings.get("zero_optimization", {}).get("stage", 0), is_enabled(settings.get("bf16")))
@@ -100,10 +111,10 @@ def plan_ranker(
     if refusal:
         problems.append(refusal)
     of_tables = rank_tables(plan, kind, world)
-    of_ids = _id_columns(plan, model, world)
-    ids = model.table_ids(batch, assumed.fill, assumed.distinct)
-    if not config.tables.deduplicate:
-        ids = {name: of_table._replace(distinct=of_table.ids) for name, of_table in ids.items()}
+    of_ids = id_columns(plan, model, world)
+    ids = model.table_ids(batch, assumed.fill, assumed.distinct, assumed.zipf, deduplicate=config.tables.deduplicate)
+    if counted is not None:
+        ids = counted.tables
     traffic = rank_traffic(plan, ids, world)
     cost = model.network_cost(batch, settings["gradient_accumulation_steps"], assumed.fill, bf16=zero.bf16)
     dense = dense_memory(model.parameters, model.parameters, world, zero)
@@ -125,20 +136,6 @@ def plan_ranker(
         }
         for of_rank, columns, of_exchange in zip(of_tables, of_ids, buffers, strict=True)
     ]
-    host = [
-        _host_memory(of_rank._replace(whole=of_rank.whole + columns), model, config)
-        for of_rank, columns in zip(of_tables, of_ids, strict=True)
-    ]
-    searched = _searched_histories(model, config, spec, cluster, max(sum(of_rank.values()) for of_rank in memory))
-    if searched:
-        memory = [{**of_rank, "searched histories": searched} for of_rank in memory]
-    if figures.device == "cpu":
-        # A CPU has one memory.
-        memory = [{**on_device, **on_host} for on_device, on_host in zip(memory, host, strict=True)]
-        host = [{} for _ in host]
-
-    totals = [sum(of_rank.values()) for of_rank in memory]
-    fullest, emptiest = totals.index(max(totals)), totals.index(min(totals))
     mfu = RANKER_MFU if assumed.mfu is None else assumed.mfu
 
     def expected(of_plan: list[dict[str, Any]]) -> tuple[int, RankTraffic, StepTime]:
@@ -160,15 +157,36 @@ def plan_ranker(
             ),
         )
 
+    read = sum(of_table.ids for of_table in ids.values())
     busiest, busy, time = expected(plan)
     rate = world * batch / time.seconds
-    ids_per_row = sum(of_table.ids for of_table in ids.values()) / batch
+    cores = math.ceil(rate * read / batch / LOADER_IDS_PER_S / cluster.hosts)
+    batches = batches_ahead(model, config, batch, read, workers=math.ceil(cores / cluster.per_host))
+    host = [
+        host_memory(of_rank._replace(whole=of_rank.whole + columns), model, config, batches)
+        for of_rank, columns in zip(of_tables, of_ids, strict=True)
+    ]
+    searched = searched_histories(model, config, spec, cluster, max(sum(of_rank.values()) for of_rank in memory))
+    if searched:
+        memory = [{**of_rank, "searched histories": searched} for of_rank in memory]
+    if figures.device == "cpu":
+        # A CPU has one memory.
+        memory = [{**on_device, **on_host} for on_device, on_host in zip(memory, host, strict=True)]
+        host = [{} for _ in host]
+
+    totals = [sum(of_rank.values()) for of_rank in memory]
+    fullest, emptiest = totals.index(max(totals)), totals.index(min(totals))
     document: dict[str, Any] = {
         "kind": "train",
         "cluster": cluster.model_dump(),
         "rows_per_rank": batch,
         "tables": [
-            {**table, "ids_per_step": ids[table["table"]].ids, "distinct_ids_per_step": ids[table["table"]].distinct}
+            {
+                **table,
+                "ids_per_step": ids[table["table"]].ids,
+                "distinct_ids_per_step": ids[table["table"]].distinct,
+                "share_of_busiest_rank": _busiest_share(table, ids[table["table"]]),
+            }
             for table in plan
         ],
         "network_parameters": model.parameters,
@@ -180,7 +198,7 @@ def plan_ranker(
             "emptiest_rank": emptiest,
             "emptiest_total": totals[emptiest],
         },
-        "host_memory": _fullest_host(host, figures.host_bytes),
+        "host_memory": fullest_host(host, figures.host_bytes),
         "step": {
             "seconds": time.seconds,
             "parts": time.parts,
@@ -191,13 +209,13 @@ def plan_ranker(
             "bytes_out": {name: getattr(busy, name) for name in ("ids_out", "rows_out", "rows_in")},
             "flops": cost.flops,
             "operations": cost.operations,
-            "loader_cores_per_host": math.ceil(rate * ids_per_row / LOADER_IDS_PER_S / cluster.hosts),
+            "loader_cores_per_host": cores,
         },
         "assumptions": {
             "fill": assumed.fill,
-            "distinct": "even draws" if assumed.distinct is None else assumed.distinct,
+            **_id_assumptions(assumed, counted),
             "mfu": mfu,
-            "ids": "spread evenly over the rows of a table" + (", dynamic tables full" if any(of_ids) else ""),
+            **({"dynamic tables": "full"} if any(of_ids) else {}),
         },
     }
     free = figures.memory_bytes - (totals[fullest] - memory[fullest]["tables"] - memory[fullest]["table optimizer"])
@@ -213,8 +231,27 @@ def plan_ranker(
     document["problems"] = problems
     document["faster"] = _faster(plan, time, lambda changed: expected(changed)[2], world)
     short = bool(refusal) or totals[fullest] > figures.memory_bytes
-    document["remedies"] = _remedies(model, config, cluster, batch, memory[fullest], free) if short else []
+    document["remedies"] = find_remedies(model, config, cluster, batch, memory[fullest], free) if short else []
     return document
+
+
+def _busiest_share(table: Mapping[str, Any], ids: TableIds) -> float:
+    """Return the largest share of a table's sent ids that one rank gets."""
+    shares: dict[int, float] = {}
+    for rank, columns, share in owned_shares(table, ids.spread):
+        shares[rank] = shares.get(rank, 0.0) + share * columns / table["dim"]
+    return max(shares.values())
+
+
+def _id_assumptions(assumed: Assumptions, counted: CountedIds | None) -> dict[str, Any]:
+    """Return what the plan says about the distribution of ids, and what is known of its error."""
+    if counted is not None:
+        return {"ids": f"counted in {counted.rows:,} rows of the dataset"}
+    if assumed.zipf is not None:
+        return {"ids": f"Zipf's law with exponent {assumed.zipf:g}, popular ids side by side where ids have an order"}
+    if assumed.distinct is not None:
+        return {"distinct": assumed.distinct, "ids": "spread evenly over the rows of a table"}
+    return {"ids": "even draws, the most distinct ids; the busiest owner may have more (--zipf, --count-ids)"}
 
 
 def _place(
@@ -287,106 +324,9 @@ def _limits(model: RankerModel, spec: DatasetSpec, cluster: Cluster) -> list[str
     return found
 
 
-def _id_columns(plan: list[dict[str, Any]], model: RankerModel, world: int) -> list[int]:
-    """Return the bytes of the ids of dynamic tables on each rank."""
-    dynamic = {table.name for table in model.tables if table.dynamic}
-    columns = [0] * world
-    for table in plan:
-        for rank, (rows, _) in zip(table["ranks"], table["shards"], strict=True):
-            columns[rank] += ID_BYTES * rows * (table["table"] in dynamic)
-    return columns
-
-
-def _searched_histories(model: RankerModel, config: JobConfig, spec: DatasetSpec, cluster: Cluster, other: int) -> int:
-    """Return the bytes of the histories and search vectors of a rank whose device searches; 0 if the loader searches.
-
-    Args:
-        model: the model.
-        config: the job.
-        spec: description of the dataset. Each exposure may be a visit of a history, and every rank has as many. Those
-            of a stream are counted with the largest number of places that each may take.
-        cluster: the cluster.
-        other: bytes of the other parts of the fullest rank, for a job that lets the free memory decide.
-    """
-    search, figures = config.features.search, cluster.accelerator
-    automatic = search.device == "auto"
-    if not model.features.needs_space or search.device == "cpu" or refusal(config):
-        return 0
-    vectors = sum(table.rows * padded_width(table.dim) for table in model.tables if table.name in search.tables)
-    places = math.ceil(spec.exposures / cluster.gpus)
-    if config.stream is not None:
-        places = places_for(MOST_PLACES * places)
-    needed = places * entry_bytes(model.features) + vectors * np.dtype(search.dtype).itemsize
-    if automatic and (figures.device == "cpu" or needed > AUTO_SHARE * (figures.memory_bytes - other)):
-        return 0
-    return needed
-
-
-def _host_memory(of_rank: RankTables, model: RankerModel, config: JobConfig) -> dict[str, int]:
-    """Return what one rank needs in host memory."""
-    weight = SNAPSHOT_DENSE + (AVERAGE if config.averages else 0)
-    snapshot = of_rank.whole + weight * model.parameters if config.checkpoint.background else 0
-    return {"tables in host memory": of_rank.host, "checkpoint snapshot": snapshot}
-
-
-def _fullest_host(host: list[dict[str, int]], capacity: int) -> dict[str, Any]:
-    """Return the host memory of the rank that needs most of it."""
-    totals = [sum(of_rank.values()) for of_rank in host]
-    rank = totals.index(max(totals))
-    return {"capacity": capacity, "rank": rank, "parts": host[rank], "total": totals[rank]}
-
-
 def _state_share(kind: Any, dim: int) -> float:
     """Return the bytes of the optimizer's state for each byte of a row."""
     return optimizer_bytes(kind, 1, dim) / table_bytes(1, dim)
-
-
-def _remedies(
-    model: RankerModel, config: JobConfig, cluster: Cluster, batch: int, memory: Mapping[str, int], free: int
-) -> list[dict[str, Any]]:
-    """Return changes, each alone, and whether the job fits after it, if the tables are spread evenly.
-
-    Args:
-        model: the model.
-        config: the job.
-        cluster: the cluster.
-        batch: rows of a rank in a step.
-        memory: parts of the fullest rank.
-        free: bytes of that rank without its tables.
-    """
-    world, figures, kind = cluster.gpus, cluster.accelerator, config.tables.optimizer
-    values = sum(table_bytes(table.rows, table.dim) for table in model.tables)
-    states = sum(optimizer_bytes(kind, table.rows, table.dim) for table in model.tables)
-    planner = (1 - RESERVED_SHARE) * figures.memory_bytes
-    room = min(free, planner)
-    found = []
-
-    def add(change: str, needed: float, available: float) -> None:
-        found.append({"change": change, "fits": needed <= available, "needs": round(needed), "has": round(available)})
-
-    add("features.*.sharding = 'row_wise' for all tables", (values + states) / world, room)
-    if kind == "adagrad":
-        add("tables.optimizer = 'sgd' and 'column_wise', without states", values / world, room)
-        smaller = sum(optimizer_bytes("rowwise_adagrad", table.rows, table.dim) for table in model.tables)
-        add("tables.optimizer = 'rowwise_adagrad'", (values + smaller) / world, room)
-    elif kind == "sgd":
-        add("features.*.sharding = 'column_wise' for the largest table", values / world, room)
-    if figures.device == "cuda":
-        snapshot = (values + states) / world if config.checkpoint.background else 0
-        host = (1 - RESERVED_SHARE) * figures.host_bytes
-        add("tables in host memory behind a cache (fused_uvm_caching)", (values + states) / world + snapshot, host)
-        if snapshot:
-            add("the same with checkpoint.background = false", (values + states) / world, host)
-    add("tables in half precision (Limelight's are float32 today)", (values / 2 + states) / world, room)
-    if room > 0:
-        hosts = math.ceil((values + states) / room / cluster.per_host)
-        add(f"--hosts {hosts} --gpus {hosts * cluster.per_host}", (values + states) / (hosts * cluster.per_host), room)
-    per_row = (memory["activations"] + memory["exchange"]) / batch
-    spare = figures.memory_bytes - sum(memory.values()) + per_row * batch
-    # Not all of it is proportional to the rows.
-    if 0 < spare < per_row * batch and (fewer := int(0.98 * spare / per_row)):
-        add(f"train.batch_size = {fewer * world} ({fewer:,} rows a rank)", per_row * fewer, spare)
-    return found
 
 
 def _gb(size: float) -> str:

@@ -66,6 +66,12 @@ def test_a_plan_is_a_table_and_an_override_counts(job: str, capsys: pytest.Captu
         (["--rows", "item=1"], "'item=1': write TABLE=ROWS with 2 rows or more"),
         (["--rows", "room=9"], "--rows room: no such table; the job has user, author, item, side"),
         (["--fill", "0"], "0 is not in the range 0<x<=1"),
+        (["--zipf", "5"], "5.0 is not in the range 0<=x<=4"),
+        (["--zipf", "1", "--distinct", "0.1"], "--distinct and --zipf say different things about the ids of a step"),
+        (
+            ["--count-ids", "--rows", "item=9", "--fill", "0.5"],
+            "--count-ids and --rows and --fill say different things",
+        ),
         (["--gpu-file", "none.toml"], "none.toml: no such file of GPUs"),
         (["--gpus", "3"], "train.batch_size = 512 is not a multiple of the 3 ranks"),
         (["data.path=nowhere"], "nowhere: no dataset here (dataset.json is missing)"),

@@ -1,0 +1,65 @@
+"""Ids that are counted in a dataset: against NumPy, with and without deduplication, and too few rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.config.ranker import JobConfig, parse_config
+from trainer.console.errors import UserError
+from trainer.data.format.dataset import Dataset
+from trainer.data.simulator.write_dataset import simulate
+from trainer.planning.accelerators import describe_cluster
+from trainer.planning.counted_ids import count_ids
+from trainer.planning.ranker_plan import Assumptions, plan_ranker
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("counted") / "world"
+    simulate(path, users=40, days=3, partitions=2, seed=1)
+    return path
+
+
+def job(world: Path, **sections: Any) -> JobConfig:
+    features = {
+        "history": {"seen": {"domain": "video", "length": 10}, "long": {"domain": "live", "search": "top"}},
+        "item": {"ids": "dynamic", "rows": 300},
+        "search": {"tables": ["author"]},
+        **sections.pop("features", {}),
+    }
+    return parse_config({"data": {"path": str(world)}, "features": features, **sections}, "job.toml")
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_counts_are_those_of_the_rows(world: Path, deduplicate: bool) -> None:
+    found = count_ids(job(world, tables={"deduplicate": deduplicate}), 64)
+    assert found.rows == 64 and 0 < found.fill < 1
+    users, items = found.tables["user"], found.tables["item"]
+    assert users.ids == 64 and 64 < items.ids <= 64 * 111
+    if deduplicate:
+        assert 1 < users.distinct < 40 and items.distinct < items.ids
+    else:
+        assert users.distinct == 64 and items.distinct == items.ids
+    for of_table in found.tables.values():
+        assert of_table.spread.between(0, 1) == pytest.approx(1)
+        assert (np.diff(of_table.spread.shares) >= 0).all()
+
+
+def test_a_plan_takes_the_counts_and_says_so(world: Path) -> None:
+    config = job(world, train={"batch_size": 128})
+    counted = count_ids(config, 64)
+    spec = Dataset.open(str(world), "error").spec
+    plan = plan_ranker(config, spec, describe_cluster("h200", 2, 1), Assumptions(), {}, counted)
+    assert plan["assumptions"]["ids"] == "counted in 64 rows of the dataset"
+    assert plan["assumptions"]["fill"] == counted.fill
+    for table in plan["tables"]:
+        assert table["distinct_ids_per_step"] == counted.tables[table["table"]].distinct
+
+
+def test_too_few_rows_are_one_line(world: Path) -> None:
+    with pytest.raises(UserError, match=r"^--count-ids: the later half of the training range has .* rows in .*world"):
+        count_ids(job(world), 10**6)
