@@ -182,6 +182,32 @@ def median_and_range(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
+def spread_of(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the median, the least and the largest value of each key in several runs of the same work."""
+    return {key: median_and_range([run[key] for run in runs]) for key in runs[0]}
+
+
+def median_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the median of each number in several runs of the same work, in sections too, and all runs below ``runs``.
+
+    Names and sizes, which all runs have alike, are those of the first run.
+    """
+    return {**_medians(runs), "runs": list(runs)}
+
+
+def _medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, first in runs[0].items():
+        values = [run[key] for run in runs]
+        if isinstance(first, Mapping):
+            found[key] = _medians(values)
+        elif isinstance(first, int | float) and not isinstance(first, bool) and values.count(first) < len(values):
+            found[key] = statistics.median(values)
+        else:
+            found[key] = first
+    return found
+
+
 def mean_and_half_width(values: Sequence[float | None]) -> list[float | None]:
     """Return the mean and half the width of its 95 % interval, by Student's t over the seeds.
 

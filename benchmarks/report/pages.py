@@ -103,6 +103,11 @@ def _values(results: Path) -> dict[str, Any]:
         **values,
         "measured": set(values),
         "unmeasured": [benchmark.name for benchmark in find_benchmarks() if Path(benchmark.result).stem not in values],
+        "unrecorded": [
+            name
+            for name, result in values.items()
+            if "environment" in result and "load_before" not in result["environment"]
+        ],
         "flop_per_row": FLOP_PER_ROW,
         "environments": [result["environment"] for result in values.values() if "environment" in result],
     }

@@ -35,6 +35,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         "pluck": pluck,
         "pick": pick,
         "scaled": scaled,
+        "with_spread": with_spread,
         "date": date,
     }
     return environment.get_template(template).render(**values)
@@ -101,6 +102,21 @@ def pick(mapping: Mapping[str, Any], names: Iterable[str], suffix: str = "") -> 
 def scaled(values: Iterable[float], factor: float) -> list[float]:
     """Return every value times a factor."""
     return [value * factor for value in values]
+
+
+def with_spread(result: Mapping[str, Any], digits: int, *path: Any, scale: float = 1.0) -> str:
+    """Return a figure of a result as ``2.1 (1.9 to 2.4)``, with the least and the largest of its ``runs``, if several.
+
+    Args:
+        result: medians, and below ``runs`` the same figures of each run.
+        digits: after the point.
+        *path: keys of the figure.
+        scale: factor of all numbers.
+    """
+    (median,) = pluck([result], *path)
+    text = number(scale * median, digits)
+    runs = scaled(pluck(result.get("runs", ()), *path), scale)
+    return f"{text} ({span(runs, digits)})" if len(runs) > 1 else text
 
 
 def date(started: str) -> str:

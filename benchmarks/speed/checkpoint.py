@@ -10,6 +10,9 @@ Tables of 2 GB with row-wise Adagrad, saved as training saves them (``trainer.ra
   apart;
 * loaded into the same layout, and into others. A restore compares all checksums and then loads.
 
+All layouts are measured one after another, ``--repeats`` times around. The median counts, and the least and the largest
+show the spread.
+
 The disk's own rate is that of as many processes that write the same bytes and sync them, or read them back, in blocks
 of 16 MB, measured beside each save and load. Nothing is dropped from the page cache, so both sides read cached files.
 Memory is a rank's peak above that of the model itself: ``VmHWM`` of ``/proc/self/status``.
@@ -28,7 +31,7 @@ from typing import Any
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.measure import make_parser, run_ranks, write_result
+from benchmarks.measure import make_parser, median_and_range, median_of, run_ranks, write_result
 from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
 from trainer.checkpoint.manifest import MODEL, DatasetEntry, directory_name, find_checkpoint
@@ -44,7 +47,7 @@ from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 
-SHORT = ("--gigabytes", "0.2")
+SHORT = ("--gigabytes", "0.2", "--repeats", "1")
 
 DIM = 16
 SHARES = {"user": 0.6, "item": 0.4}
@@ -236,6 +239,28 @@ def start(ranks: int, scratch: Path, gigabytes: float) -> dict[str, Any]:
     return run_ranks("benchmarks.speed.checkpoint", ["--one", scratch, gigabytes], ranks)
 
 
+def measure_by_turns(directory: str | None, gigabytes: float, repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the medians of saves and loads, with their runs; every turn has checkpoints of its own."""
+    turns = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            turns.append([start(ranks, Path(scratch), gigabytes) for ranks in LAYOUTS])
+    return {
+        what: [
+            median_of([turn[place][what][number] for turn in turns])
+            for place, of_ranks in enumerate(turns[0])
+            for number in range(len(of_ranks[what]))
+        ]
+        for what in ("saves", "loads")
+    }
+
+
+def spread(runs: Sequence[dict[str, Any]], way: str, name: str = "seconds") -> str:
+    """Return the least and the largest of some seconds of all runs."""
+    found = median_and_range([run[way][name] for run in runs])
+    return f"{found['least']:.1f} to {found['most']:.1f}"
+
+
 def describe_saves(saves: Sequence[dict[str, Any]]) -> str:
     """Return the saves as a table."""
     lines = []
@@ -250,6 +275,7 @@ def describe_saves(saves: Sequence[dict[str, Any]]) -> str:
                     save["by"],
                     way,
                     f"{seconds:.1f}",
+                    spread(save["runs"], way),
                     f"{save['bytes'] / seconds / 1e9:.2f}",
                     f"{plain / 1e9:.2f}",
                     f"{stall:.2f}",
@@ -261,7 +287,7 @@ def describe_saves(saves: Sequence[dict[str, Any]]) -> str:
                 ]
             )
     intervals = [f"of {minutes:g} min" for minutes in MINUTES]
-    header = ["layout", "save", "s", "GB/s", "disk GB/s", "stall s", *intervals]
+    header = ["layout", "save", "s", "spread", "GB/s", "disk GB/s", "stall s", *intervals]
     header += ["step ms", "meanwhile", "peak MB a rank"]
     return text_table(header, lines, texts=2)
 
@@ -276,6 +302,7 @@ def describe_loads(loads: Sequence[dict[str, Any]]) -> str:
                 load["saved_by"],
                 load["by"],
                 f"{load['load']['seconds']:.1f}",
+                spread(load["runs"], "load"),
                 f"{size / load['load']['seconds']:.2f}",
                 f"{size / load['restore']['seconds']:.2f}",
                 f"{size / load['plain_read']['seconds']:.2f}",
@@ -284,7 +311,7 @@ def describe_loads(loads: Sequence[dict[str, Any]]) -> str:
                 f"{load['largest_table_bytes'] / 1e6:,.0f}",
             ]
         )
-    header = ["saved by", "loaded by", "s", "GB/s", "with checksums", "disk GB/s"]
+    header = ["saved by", "loaded by", "s", "spread", "GB/s", "with checksums", "disk GB/s"]
     header += ["peak MB a rank", "with checksums", "largest table MB"]
     return text_table(header, lines, texts=2)
 
@@ -296,17 +323,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--directory", type=local_argument, help="directory to write to (default: the system's temporary one)"
     )
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each (default: %(default)s)")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one:
         scratch, gigabytes, out = options.one
         measure_rank(Path(scratch), float(gigabytes), Path(out))
         return
-    with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
-        found = [start(ranks, Path(scratch), options.gigabytes) for ranks in LAYOUTS]
-    saves, loads = ([entry for part in found for entry in part[what]] for what in ("saves", "loads"))
-    print(f"\n{describe_saves(saves)}\n\n{describe_loads(loads)}")
-    write_result(options.out, {"saves": saves, "loads": loads}, ranks=2)
+    found = measure_by_turns(options.directory, options.gigabytes, options.repeats)
+    print(f"\n{describe_saves(found['saves'])}\n\n{describe_loads(found['loads'])}")
+    settings = {"gigabytes": options.gigabytes, "repeats": options.repeats}
+    write_result(options.out, {**found, "settings": settings}, ranks=2)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 Segments of many authors arrive as they become known, one of each author in a call; a twelfth of them has the code of
 the segment before. Then the last 100 runs of authors are read, as of the end and as of earlier times. Redis is measured
-when ``--redis`` names a server that may be written; its database must be empty. Seconds are elapsed time: the server is
-another process. Processor seconds of this process stand beside them.
+when ``--redis`` names a server that may be written; its database must be empty. The stores are measured by turns,
+``--repeats`` times around; the median counts, and the least and the largest show the spread. Seconds are elapsed time:
+the server is another process. Processor seconds of this process stand beside them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import make_parser, write_result
+from benchmarks.measure import make_parser, median_and_range, median_of, write_result
 from trainer.console.text_table import text_table
 from trainer.semantic_ids.code_store import SegmentCodes, StoreSettings
 from trainer.semantic_ids.store_address import open_store
 
-SHORT = ("--scale", "10")
+SHORT = ("--scale", "10", "--repeats", "1")
 
 AUTHORS, SEGMENTS, READS, RUNS, CODES = 2000, 150, 10_000, 100, 20_000
 AUTHORS_OF_A_READ = 256
@@ -77,41 +78,56 @@ def measure(place: str, scale: int) -> dict[str, Any]:
     return {"authors": authors, "segments": authors * segments, **result}
 
 
+def measure_sqlite(scale: int) -> dict[str, Any]:
+    """Fill a new file and read it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "codes.sqlite"
+        result = measure(str(file), scale)
+        return {**result, "bytes_a_segment": file.stat().st_size / result["segments"]}
+
+
+def measure_redis(url: str, scale: int) -> dict[str, Any]:
+    """Fill an empty database of a server, read it, and empty it."""
+    import redis
+
+    client = redis.Redis.from_url(url)
+    if client.dbsize():
+        raise SystemExit(f"{url}: the database is not empty; name another number")
+    empty = int(client.info("memory")["used_memory"])
+    result = measure(url, scale)
+    used = int(client.info("memory")["used_memory"]) - empty
+    client.flushdb()
+    return {**result, "bytes_a_segment": used / result["segments"]}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = make_parser("speed.code_store", __doc__)
     parser.add_argument("--redis", metavar="URL", help="empty database of a Redis server")
     parser.add_argument("--scale", type=int, default=1, help="divide authors and reads by this (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each (default: %(default)s)")
     options = parser.parse_args(argv)
-    stores: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "codes.sqlite"
-        stores["sqlite"] = measure(str(file), options.scale)
-        stores["sqlite"]["bytes_a_segment"] = file.stat().st_size / stores["sqlite"]["segments"]
+    ways: dict[str, Callable[[], dict[str, Any]]] = {"sqlite": lambda: measure_sqlite(options.scale)}
     if options.redis:
-        import redis
-
-        client = redis.Redis.from_url(options.redis)
-        if client.dbsize():
-            raise SystemExit(f"{options.redis}: the database is not empty; name another number")
-        empty = int(client.info("memory")["used_memory"])
-        stores["redis"] = measure(options.redis, options.scale)
-        used = int(client.info("memory")["used_memory"]) - empty
-        stores["redis"]["bytes_a_segment"] = used / stores["redis"]["segments"]
-        client.flushdb()
+        ways["redis"] = lambda: measure_redis(options.redis, options.scale)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    for _ in range(options.repeats):
+        for name, measure_one in ways.items():
+            runs[name].append(measure_one())
+    stores = {name: median_of(of_store) for name, of_store in runs.items()}
     lines = []
     for name, store in stores.items():
         appends, reads = TARGETS[name]
-        of_target = [
-            (store["append"], appends),
-            (store["read the latest"], reads),
-            (store["read earlier times"], reads),
-        ]
-        cells = [f"{part['a_second']:,.0f} ({part['a_second'] / target:.1f})" for part, target in of_target]
+        targets = {"append": appends, "read the latest": reads, "read earlier times": reads}
+        cells = []
+        for what, target in targets.items():
+            rate = median_and_range([run[what]["a_second"] for run in store["runs"]])
+            spread = f"{rate['least']:,.0f} to {rate['most']:,.0f}"
+            cells.append(f"{rate['median']:,.0f} ({rate['median'] / target:.1f}; {spread})")
         lines.append([name, *cells, f"{store['bytes_a_segment']:.0f}"])
-    header = ["store", "appends/s (of target)", "latest reads/s", "earlier reads/s", "bytes a segment"]
+    header = ["store", "appends/s (of target; spread)", "latest reads/s", "earlier reads/s", "bytes a segment"]
     print(text_table(header, lines))
-    write_result(options.out, {"runs": RUNS, "targets": TARGETS, "stores": stores})
+    write_result(options.out, {"runs": RUNS, "targets": TARGETS, "repeats": options.repeats, "stores": stores})
 
 
 if __name__ == "__main__":

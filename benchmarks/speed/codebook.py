@@ -32,7 +32,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.measure import best_of, fastest, make_parser, write_result
+from benchmarks.measure import best_of, fastest, make_parser, spread_of, write_result
 from launch.python_path import safe_environment
 from modules import codebook_kernel
 from modules.codebook import Codebook
@@ -113,6 +113,7 @@ def measure_assignment(
         "vectors": n,
         "codes": k,
         "gflops": best,
+        "spread": spread_of(rounds),
         "of_product": best["nearest"] / best["product"],
         "of_faiss": best["nearest"] / best["faiss"],
         "of_best_faiss": best["nearest"] / faiss_best,

@@ -22,8 +22,10 @@ divided by the rate of a product of large matrices, measured in the same run:
           + 2 * 2 * hidden * vocabulary * answers    the head, where the loss counts
 
 FLOPs of a second forward pass by gradient checkpointing, of padding, and of logits without a loss do not count. Every
-cell is a process of its own. Peak memory is the accelerator's. On a CPU it is the process's peak above its memory
-before the first step; there a cell has one thread, and seconds are processor time, which other work hardly changes.
+cell is a process of its own, and all cells run one after another, ``--repeats`` times around: the median counts, and
+the least and the largest show the spread. Peak memory is the accelerator's. On a CPU it is the process's peak above its
+memory before the first step; there a cell has one thread, and seconds are processor time, which other work hardly
+changes.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import busy_seconds, make_parser, write_result
+from benchmarks.measure import busy_seconds, make_parser, median_and_range, median_of, write_result
 from launch.python_path import safe_environment
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import AttentionKind, FinetuneOptimizerConfig, LoraConfig
@@ -285,6 +287,12 @@ def run_cell(cell: FinetuneCell, shape: str) -> None:
         print(json.dumps({**figures, "matrix_flops_per_second": rate, "utilisation": utilisation}), flush=True)
 
 
+def whole(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the medians of the runs of a cell with these runs, or the reason for which one of them failed."""
+    failed = [run["failed"] for run in runs if "failed" in run]
+    return {"failed": failed[0]} if failed else median_of(runs)
+
+
 def cells(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[FinetuneCell]:
     """Yield the cells of the sweep, the Trainer's first."""
     for length in lengths:
@@ -296,16 +304,18 @@ def cells(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[FinetuneCell]
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Return the results as a table."""
-    header = ["cell", "tokens/s", "utilisation", "padding", "peak GB", "s/step"]
+    header = ["cell", "tokens/s", "spread", "utilisation", "padding", "peak GB", "s/step"]
     lines = []
     for result in results:
         if "failed" in result:
-            lines.append([result["name"], result["failed"], "", "", "", ""])
+            lines.append([result["name"], result["failed"], "", "", "", "", ""])
             continue
+        rate = median_and_range([run["tokens_per_second"] for run in result["runs"]])
         lines.append(
             [
                 result["name"],
-                f"{result['tokens_per_second']:,.0f}",
+                f"{rate['median']:,.0f}",
+                f"{rate['least']:,.0f} to {rate['most']:,.0f}",
                 f"{result['utilisation']:.1%}",
                 f"{result['padding_share']:.1%}",
                 f"{result['peak_bytes'] / 1e9:.2f}",
@@ -337,19 +347,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", help="sequences of a forward pass, such as 1,4 (default: by shape)")
     parser.add_argument("--lengths", help="tokens of a sequence, such as 2048 (default: by shape)")
     parser.add_argument("--cells", type=int, metavar="N", help="measure the first N cells only")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each (default: %(default)s)")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.cell:
         run_cell(FinetuneCell(**json.loads(options.cell)), options.shape)
         return
     rows, lengths = SWEEP[options.shape]
-    results = []
     sweep = cells(
         *([int(item) for item in text.split(",")] for text in (options.rows or rows, options.lengths or lengths))
     )
-    for cell in islice(sweep, options.cells):
-        results.append({"name": cell.name, **asdict(cell), **measure(cell, options.shape)})
-        print(table(results[-1:]).splitlines()[-1], flush=True)
+    chosen = list(islice(sweep, options.cells))
+    runs: list[list[dict[str, Any]]] = [[] for _ in chosen]
+    for turn in range(options.repeats):
+        for cell, of_cell in zip(chosen, runs, strict=True):
+            of_cell.append(measure(cell, options.shape))
+            speed = of_cell[-1].get("failed") or f"{of_cell[-1]['tokens_per_second']:,.0f} tokens/s"
+            print(f"run {turn + 1} of {options.repeats}, {cell.name}: {speed}", flush=True)
+    results = [
+        {"name": cell.name, **asdict(cell), **whole(of_cell)} for cell, of_cell in zip(chosen, runs, strict=True)
+    ]
     print(table(results))
     if not torch.cuda.is_available():
         # As the processes of the cells, so that the environment tells their threads.

@@ -4,7 +4,9 @@
 
 Rooms are on air for some minutes, each with a segment every 30 seconds, evenly spread. The loop is the real one, with a
 small random model, a codebook, the cache and an SQLite store on disk. Its clock leaves out the waiting: it goes on by
-the time of the work, and jumps over every pause. So an hour of few rooms takes as long as its work. One thread.
+the time of the work, and jumps over every pause. So an hour of few rooms takes as long as its work. One thread. All
+numbers of rooms run one after another, ``--repeats`` times around; the median counts, and the least and the largest
+show the spread.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import make_parser, write_result
+from benchmarks.measure import make_parser, median_and_range, median_of, write_result
 from modules.codebook import Codebook
 from trainer.config.finetune import SmallConfig
 from trainer.console.text_table import text_table
@@ -147,9 +149,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("speed.follow", __doc__)
     parser.add_argument("--rooms", type=int, nargs="+", default=[100, 1000, 3000], help="numbers of rooms on air")
     parser.add_argument("--minutes", type=float, default=5.0, help="time on air (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each (default: %(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = []
+    runs: dict[int, list[dict[str, Any]]] = {rooms: [] for rooms in options.rooms}
     with tempfile.TemporaryDirectory() as scratch:
         path, device = Path(scratch) / "model", torch.device("cpu")
         words = [f"word{number}" for number in range(WORDS)]
@@ -159,17 +162,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         kinds = ("items", "comments", "segments", "authors")
         template = Template.read("configs/templates/embed.txt", dict.fromkeys(kinds, frozenset({"text"})))
         encoder = TextSegmentEncoder(plain, template, rows=BATCH, length=LENGTH, tokens=TOKENS)
-        for rooms in options.rooms:
-            folder = Path(scratch) / str(rooms)
-            folder.mkdir()
-            results.append(measure(folder, rooms, options.minutes, encoder))
+        for turn in range(options.repeats):
+            for rooms in options.rooms:
+                folder = Path(scratch) / f"{turn}-{rooms}"
+                folder.mkdir()
+                runs[rooms].append(measure(folder, rooms, options.minutes, encoder))
+    results = [median_of(of_rooms) for of_rooms in runs.values()]
     lines = []
     for one in results:
-        rates = [f"{one[name]:,.1f}" for name in ("needed_per_second", "reached_per_second")]
+        reached = median_and_range([run["reached_per_second"] for run in one["runs"]])
+        spread = f"{reached['least']:,.1f} to {reached['most']:,.1f}"
+        rates = [f"{one['needed_per_second']:,.1f}", f"{reached['median']:,.1f}", spread]
         lags = [f"{one['lag_seconds'][name]:.2f} s" for name in ("p50", "p99", "max")]
         lines.append([f"{one['rooms']:,}", *rates, f"{one['dropped_share']:.0%}", *lags])
-    print(text_table(["rooms", "needed/s", "reached/s", "dropped", "lag p50", "p99", "max"], lines))
-    write_result(options.out, {"batch": BATCH, "minutes": options.minutes, "codes": CODES, "results": results})
+    print(text_table(["rooms", "needed/s", "reached/s", "spread", "dropped", "lag p50", "p99", "max"], lines))
+    settings = {"batch": BATCH, "minutes": options.minutes, "codes": CODES, "repeats": options.repeats}
+    write_result(options.out, {**settings, "results": results})
 
 
 if __name__ == "__main__":

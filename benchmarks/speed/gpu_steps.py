@@ -532,7 +532,7 @@ def _held_out_loss(run: Path) -> dict[str, float]:
 
 def make_ranker() -> nn.Module:
     """Return the ranker of the throughput benchmark."""
-    from benchmarks.speed.throughput import WorkloadFeatures
+    from benchmarks.speed.limelight_training import WorkloadFeatures
     from benchmarks.speed.workload import BEHAVIOURS, DENSE, DIM
     from modules.ranker import Ranker
 
@@ -549,7 +549,7 @@ def make_ranker() -> nn.Module:
 
 def random_inputs(rows: int, place: torch.device) -> Inputs:
     """Return embeddings, lengths and dense features of a batch of the throughput benchmark."""
-    from benchmarks.speed.throughput import WorkloadFeatures
+    from benchmarks.speed.limelight_training import WorkloadFeatures
     from benchmarks.speed.workload import DENSE, DIM, LENGTH
 
     random = torch.Generator().manual_seed(2)

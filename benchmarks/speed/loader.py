@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import best_of, make_parser, write_result
+from benchmarks.measure import best_of, make_parser, spread_of, write_result
 from trainer.config.features import FeatureConfig
 from trainer.config.ranker import load_config
 from trainer.data.features.feature_map import FeatureMap
@@ -253,7 +253,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("|---|---:|")
     for stage, share in shares.items():
         print(f"| {stage} | {share:.1%} |")
-    write_result(options.out, {"best": list(best.values()), "runs": runs, "shares": shares})
+    spread = {
+        str(workers): spread_of([run for run in runs if run["workers"] == workers]) for workers in options.workers
+    }
+    write_result(options.out, {"best": list(best.values()), "spread": spread, "runs": runs, "shares": shares})
 
 
 if __name__ == "__main__":

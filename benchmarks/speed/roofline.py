@@ -28,17 +28,17 @@ import torch
 from torch import nn
 
 from benchmarks.measure import make_parser, median_and_range, write_result
-from benchmarks.speed.throughput import (
-    BATCH,
+from benchmarks.speed.limelight_training import (
     WARM_UP_STEPS,
     WorkloadFeatures,
-    machine_rates,
     make_engine,
     make_loader,
     make_ranker,
 )
+from benchmarks.speed.machine_rates import machine_rates
 from benchmarks.speed.workload import (
     ATTENTION,
+    BATCH,
     BEHAVIOURS,
     DENSE,
     DIM,

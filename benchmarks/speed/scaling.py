@@ -28,15 +28,14 @@ from torch import Tensor
 
 from benchmarks.measure import MachineLoad, load_facts, make_parser, median_and_range, run_ranks, write_result
 from benchmarks.speed.dedup import AllToAllCounter
-from benchmarks.speed.throughput import (
-    BATCH,
+from benchmarks.speed.limelight_training import (
     WARM_UP_STEPS,
     WorkloadFeatures,
     make_engine,
     make_loader,
     make_ranker,
 )
-from benchmarks.speed.workload import make_rows, write_dataset
+from benchmarks.speed.workload import BATCH, make_rows, write_dataset
 from trainer.console.text_table import text_table
 from trainer.data.format.schema import DatasetSpec
 from trainer.runtime.distributed import World

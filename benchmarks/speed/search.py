@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.measure import make_parser, write_result
+from benchmarks.measure import make_parser, spread_of, write_result
 from benchmarks.speed.shortlists import Clusters, HashCodes, Shortlist, top_of_shortlist
 from modules.search import search as gsu
 from modules.search.cpu_intrinsics import CACHE_LINE, GROUP
@@ -244,9 +244,8 @@ def bandwidth(users: int, rounds: int, catalogues: Sequence[int]) -> list[dict[s
                     work[name] = partial(job, of)
             for each in work.values():
                 each()
-            seconds = dict.fromkeys(work, float("inf"))
-            for _ in range(rounds):
-                seconds = {name: min(seconds[name], seconds_of(each, threads)) for name, each in work.items()}
+            runs = [{name: seconds_of(each, threads) for name, each in work.items()} for _ in range(rounds)]
+            seconds = {name: min(run[name] for run in runs) for name in work}
             rates = {"copy": 2 * source.nbytes, "read": users * VISITS * DIM * 2, "search": bytes_of(batch)}
             rates |= {"sorted_read": rates["read"], "loop": rates["search"]}
             gb_s = {f"{name}_gb_s": size / seconds[name] / 1e9 for name, size in rates.items()}
@@ -260,6 +259,7 @@ def bandwidth(users: int, rounds: int, catalogues: Sequence[int]) -> list[dict[s
                     "share_of_copy": gb_s["search_gb_s"] / gb_s["copy_gb_s"],
                     "microseconds_per_user": seconds["search"] / users * 1e6,
                     "sort_microseconds_per_user": seconds["sort"] / users * 1e6,
+                    "seconds": spread_of(runs),
                 }
             )
     return results
@@ -314,15 +314,17 @@ def recall(users: int, repeats: int, histories: Sequence[int]) -> list[dict[str,
             shortlist = clusters._replace(oversample=oversample)
             listed = partial(top_of_shortlist, first, stop, LENGTH, part, shortlist)
             searches[f"clusters of 20, x{oversample}"] = listed
-        for name, search in searches.items():
-            found = search()
-            seconds = min(seconds_of(search, 1) for _ in range(repeats))
+        found_by = {name: search() for name, search in searches.items()}
+        runs = [{name: seconds_of(search, 1) for name, search in searches.items()} for _ in range(repeats)]
+        spread = spread_of(runs)
+        for name, found in found_by.items():
             results.append(
                 {
                     "history": length,
                     "search": name,
                     "recall": len(np.intersect1d(found.at, exact.at)) / len(exact.at),
-                    "microseconds": seconds / some * 1e6,
+                    "microseconds": spread[name]["least"] / some * 1e6,
+                    "seconds": spread[name],
                     "clustering_seconds_per_user": clustering if name.startswith("clusters") else None,
                 }
             )

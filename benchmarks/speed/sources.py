@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.measure import best_of, make_parser, write_result
+from benchmarks.measure import best_of, make_parser, spread_of, write_result
 from trainer.config.stream import StreamConfig
 from trainer.data.format.schema import DatasetSpec, DenseFeature, SideFeature, partition_of, row_columns
 from trainer.data.format.shards import write_rows
@@ -148,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             path = Path(scratch) / name
             store(path, events, carried)
             source = ReplaySource(path, StreamConfig())
-            results[name] = {"read": best_of([measure(partial(drain, source)) for _ in range(options.repeats)])}
+            runs = [measure(partial(drain, source)) for _ in range(options.repeats)]
+            results[name] = {"read": best_of(runs), "spread": spread_of(runs)}
     plain, joined = (options.events / results[name]["read"]["events_per_cpu_second"] for name in results)
     results["files, features"] |= {"rows": len(logged), "seconds_a_million_rows": (joined - plain) / len(logged) * 1e6}
 
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kafka = KafkaSource(config, SPEC).connect()
         runs = [measure(partial(drain, kafka)) for _ in range(options.repeats)]
         label = f"kafka, {format}, {per_message:,} a message" + ("" if carried is None else ", features")
-        results[label] = {"read": best_of(runs), "publish": written}
+        results[label] = {"read": best_of(runs), "spread": spread_of(runs), "publish": written}
 
     print("| source | events read/s | per CPU second | events published/s |")
     print("|---|---:|---:|---:|")

@@ -23,6 +23,9 @@ from trainer.data.format.schema import DatasetSpec, DenseFeature, IdSpace, Rows,
 from trainer.data.format.shards import write_rows
 
 ROWS, USERS, AUTHORS, ITEMS, DIM, LENGTH, DENSE = 131_072, 1_000_000, 100_000, 1_000_000, 16, 50, 8
+BATCH = 2048
+"""Rows of a step of all ranks."""
+
 BEHAVIOURS = ("click", "like", "gift")
 SIDE = (("hour", 24), ("tag", 1000), ("city", 500))
 EXPERT_LAYERS = ((256, 128), (128, 64))

@@ -52,6 +52,14 @@ def test_the_readme_lists_it(file: Path) -> None:
     assert f"`{name_of(file)}`" in text or f"python -m benchmarks.{name_of(file)}" in text
 
 
+def test_every_benchmark_of_speed_keeps_the_spread_of_its_runs() -> None:
+    ways = {"median_and_range", "spread_of", "median_of", "times_by_turns"}
+    # On a borrowed GPU each step runs once.
+    files = [file for file in FILES if file.parent.name == "speed" and file.stem != "gpu"]
+    without = [file.stem for file in files if not any(re.search(rf"\b{way}\(", file.read_text()) for way in ways)]
+    assert len(files) > 15 and not without
+
+
 def test_result_files_are_named_as_their_benchmark() -> None:
     names = {name_of(file).rpartition(".")[2] for file in FILES} | OTHER_RESULTS
     assert {file.stem for file in (BENCHMARKS / "results").glob("*.json")} <= names

@@ -67,6 +67,21 @@ def test_a_commit_says_whether_files_differ_from_it(tmp_path: Path, monkeypatch:
 
 def test_the_spread_of_runs() -> None:
     assert measure.median_and_range([5, 1, 3, 2]) == {"median": 2.5, "least": 1, "most": 5}
+    runs = [{"a": 5.0, "b": 1.0}, {"a": 1.0, "b": 1.0}]
+    assert measure.spread_of(runs) == {
+        "a": {"median": 3.0, "least": 1.0, "most": 5.0},
+        "b": {"median": 1.0, "least": 1.0, "most": 1.0},
+    }
+
+
+def test_the_median_of_runs_keeps_names_and_sizes_and_the_runs() -> None:
+    runs = [
+        {"by": "1 x row_wise", "bytes": 20, "save": {"seconds": seconds, "peak": 7}, "ok": True, "none": None}
+        for seconds in (3.0, 1.0, 2.0)
+    ]
+    found = measure.median_of(runs)
+    assert found == {**runs[0], "save": {"seconds": 2.0, "peak": 7}, "runs": runs}
+    assert isinstance(found["bytes"], int)
 
 
 def test_every_benchmark_has_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from jinja2 import UndefinedError
 from benchmarks.report import pages
 from benchmarks.report.__main__ import RESULTS, documents, main, stale
 from benchmarks.report.pages import BEGIN, END, readme_table, results_page, tidy, with_readme_table
-from benchmarks.report.rendering import interval, span
+from benchmarks.report.rendering import interval, span, with_spread
 from benchmarks.report.results import read_results, read_stream_kills
 from tests.paths import ROOT
 
@@ -66,6 +66,17 @@ def test_a_benchmark_without_a_result_is_named(results: Path) -> None:
     page = results_page(results)
     named = page[page.index("These benchmarks have no result here:") :]
     assert "`speed.roofline`" in named and "`speed.loader`" not in named and "## Roofline" not in page
+
+
+def test_a_result_without_a_record_of_the_load_is_named(results: Path) -> None:
+    file = results / "roofline.json"
+    content = json.loads(file.read_text())
+    named = results_page(results).partition("## Results without a record of the load")[2]
+    assert "`checkpoint`" in named and "`roofline`" not in named
+    del content["environment"]["load_before"]
+    file.write_text(json.dumps(content))
+    named = results_page(results).partition("## Results without a record of the load")[2]
+    assert "`roofline`" in named
 
 
 def test_a_figure_that_no_result_has_is_an_error(results: Path) -> None:
@@ -137,6 +148,9 @@ def test_numbers_as_text() -> None:
     assert span([0.27, 0.45, 0.3], 0, "percent") == "27 to 45 %"
     assert span([0.271, 0.269], 0, "percent") == "27 %"
     assert span([-2.0, 1.0], 1, "signed") == "-2.0 to +1.0"
+    runs = [{"load": {"seconds": seconds}} for seconds in (3.0, 1.0, 2.0)]
+    assert with_spread({"load": {"seconds": 2.0}, "runs": runs}, 1, "load", "seconds") == "2.0 (1.0 to 3.0)"
+    assert with_spread({"load": {"seconds": 2.0}}, 1, "load", "seconds") == "2.0"
 
 
 def test_prose_is_filled_and_tables_are_not() -> None:

@@ -1,4 +1,4 @@
-"""How ids fall on rows: Zipf's law against sums and draws, counted ids, and what owners of shards get."""
+"""Spread of ids over rows: Zipf's law against sums and draws, counted ids, and what owners of shards get."""
 
 from __future__ import annotations
 

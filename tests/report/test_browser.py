@@ -1,4 +1,4 @@
-"""The page in a real browser: no request, no error, nothing beyond the window, enough contrast in both schemes."""
+"""All pages in a real browser: no request, no error, nothing beyond the window, enough contrast in both schemes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.report.chromium import Tab, browser_tab, find_chromium
-from tests.report.stored_runs import write_ranker
+from tests.report.stored_runs import JOBS, write_ranker
+from trainer.console.outputs import Output
 from trainer.report.run_report import write_report
 
 CHROMIUM = find_chromium()
@@ -59,11 +60,20 @@ OUTSIDE = """
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return kind of page -> file."""
+    root = tmp_path_factory.mktemp("runs")
     # A name without a space is the hardest to fit.
-    run = write_ranker(tmp_path_factory.mktemp("runs") / ("long_" * 20), name="long_name_" * 9)
-    write_report(run)
-    return run / "report.html"
+    ranker = write_ranker(root / ("long_" * 20), name="long_name_" * 9)
+    other = write_ranker(root / "other", 0.5, dropout=0.5)
+    runs = {"ranker": ranker, **{kind: write(root / kind) for kind, write in JOBS.items()}}
+    found = {}
+    for kind, run in runs.items():
+        found[kind] = root / f"{kind}.html"
+        write_report(run, Output.of(found[kind]))
+    found["two runs"] = root / "two.html"
+    write_report(ranker, Output.of(found["two runs"]), [other], ranker)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +85,19 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_fits_and_can_be_read(page: Path, tab: Tab, width: int, scheme: str) -> None:
+@pytest.mark.parametrize("kind", ["ranker", "two runs", *JOBS])
+def test_the_page_fits_and_can_be_read(pages: dict[str, Path], tab: Tab, kind: str, width: int, scheme: str) -> None:
+    page = pages[kind]
     tab.open(page, width, scheme)
     assert tab.value("innerWidth") == width
     tab.value("document.querySelectorAll('details').forEach((element) => { element.open = true; })")
     assert tab.value("document.documentElement.scrollWidth") <= width
     assert tab.value(OUTSIDE) == []
-    assert tab.value("document.querySelectorAll('figure').length") == 11
+    figures = tab.value("document.querySelectorAll('figure').length")
+    assert figures == 11 or kind != "ranker"
+    charts = "[...document.querySelectorAll('figure svg[role=img]')]"
+    assert tab.value(f"{charts}.length") == figures
+    assert tab.value(f"{charts}.every((chart) => chart.getAttribute('aria-label').includes(':'))") is True
     assert tab.value("[...document.querySelectorAll('figure tbody')].every((body) => body.rows.length > 0)") is True
     lowest, where = tab.value(CONTRASTS)[0]
     assert lowest >= LEAST_CONTRAST, where

@@ -1,4 +1,4 @@
-"""How the ids of a step fall on the rows of a table: evenly, by Zipf's law, or as they were counted."""
+"""Spread of the ids of a step over the rows of a table: even, by Zipf's law, or as they were counted."""
 
 from __future__ import annotations
 

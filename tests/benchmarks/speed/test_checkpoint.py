@@ -23,6 +23,8 @@ def measure_rank(scratch: Path, gigabytes: float, out: Path) -> None:
 def start_one(ranks: int, scratch: Path, gigabytes: float) -> dict[str, Any]:
     """A single rank without a launcher, in a process of its own: memory freed by earlier tests would hide its peak."""
     assert ranks == 1
+    # A turn must not read the checkpoints of an earlier one.
+    assert not list(scratch.iterdir())
     out = scratch.with_suffix(".json")
     process = multiprocessing.get_context("spawn").Process(target=measure_rank, args=(scratch, gigabytes, out))
     process.start()
@@ -36,7 +38,7 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     monkeypatch.setattr(checkpoint, "start", start_one)
     out, scratch = tmp_path / "results" / "checkpoint.json", tmp_path / "scratch"
     scratch.mkdir()
-    checkpoint.main(["--gigabytes=0.02", f"--directory={scratch}", f"--out={out}"])
+    checkpoint.main(["--gigabytes=0.02", "--repeats=2", f"--directory={scratch}", f"--out={out}"])
     found = json.loads(out.read_text())
     assert [save["by"] for save in found["saves"]] == ["1 x table_wise", "1 x row_wise"]
     for save in found["saves"]:
@@ -44,6 +46,8 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         assert 20e6 < save["bytes"] < 20.5e6
         assert 0 < save["background"]["stall_seconds"] < save["background"]["seconds"]
         assert save["step_seconds"] > 0 and save["background"]["step_seconds"] > 0
+        turns = [run["stopping"]["seconds"] for run in save["runs"]]
+        assert len(turns) == 2 and save["stopping"]["seconds"] == pytest.approx(sum(turns) / 2)
     # In the background a copy of the model is written; the second layout's may lie where the first one's was.
     assert found["saves"][0]["background"]["peak_bytes"] > 15e6
     layouts = [(load["saved_by"], load["by"]) for load in found["loads"]]

@@ -20,6 +20,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         found = result["assignment"][kind]
         assert found["same_code_as_faiss"] == 1.0
         assert found["of_product"] == pytest.approx(found["gflops"]["nearest"] / found["gflops"]["product"])
+        assert {name: spread["most"] for name, spread in found["spread"].items()} == found["gflops"]
         assert found["of_best_faiss"] <= found["of_faiss"]
     assert 0.9 < result["iteration"]["distortion_of_faiss"] < 1.1
     assert result["memory"]["vectors"] == 5000 and 0 < result["memory"]["gigabytes"] < 1

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from benchmarks.speed import embed
+from trainer.data.format.text_schema import read_texts
+from trainer.data.format.verification import verify_dataset
+from trainer.data.simulator.write_dataset import simulate
 
 pytest.importorskip("transformers", reason="needs transformers: make setup EXTRAS=llm,dev,kafka")
 
-SMALL = ["--users=40", "--texts=60"]
+SMALL = ["--users=40", "--texts=60", "--repeats=1"]
 
 
 def test_a_small_run_without_renewals(
@@ -26,11 +29,23 @@ def test_a_small_run_without_renewals(
         (tokens, by_length) for tokens in embed.BATCH_TOKENS for by_length in (True, False)
     ]
     for sorted_, unsorted in zip(written["speed"][::2], written["speed"][1::2], strict=True):
-        assert sorted_["texts_per_s"] > 0 and sorted_["padding"] <= unsorted["padding"]
+        assert (
+            sorted_["runs"][0]["texts_per_s"] == sorted_["texts_per_s"] > 0
+            and sorted_["padding"] <= unsorted["padding"]
+        )
     assert [row["pooling"] for row in written["content"]] == ["last", "mean", "query"]
     assert written["moves"]["batch"] < 1e-4 and written["moves"]["float16"] < 1e-2
     assert written["model"] == "small, random weights" and written["parameters"] > 0
     assert "16,384 tokens, as they come" in capsys.readouterr().out
+
+
+def test_a_dataset_with_changed_comments_is_whole(tmp_path: Path) -> None:
+    simulate(tmp_path / "world", 20, 2, 1, 1, texts=True)
+    before = read_texts(tmp_path / "world", "comments").column("text").to_pylist()
+    changed = embed.change_comments(tmp_path / "world", 0.1)
+    after = read_texts(tmp_path / "world", "comments").column("text").to_pylist()
+    assert sum(one != two for one, two in zip(before, after, strict=True)) == changed > 0
+    assert verify_dataset(str(tmp_path / "world"), lambda task, done, total: None).problems == ()
 
 
 @pytest.mark.slow

@@ -28,7 +28,8 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(cell: dict[str, Any]) -> None:
     assert cell["tokens_per_second"] > 0 and cell["peak_bytes"] >= 0
-    assert cell["utilisation"] == pytest.approx(cell["flops_per_second"] / cell["matrix_flops_per_second"])
+    for run in cell["runs"]:
+        assert run["utilisation"] == pytest.approx(run["flops_per_second"] / run["matrix_flops_per_second"])
     assert 0 <= cell["padding_share"] < 1
 
 
@@ -50,12 +51,13 @@ def test_a_small_run_in_this_process(
     monkeypatch.setattr(finetune, "cells", ours)
     monkeypatch.setattr(finetune, "measure", measure_here)
     out = tmp_path / "results" / "finetune.json"
-    finetune.main(["--shape=small", "--rows=1", "--lengths=64", "--cells=2", f"--out={out}"])
+    finetune.main(["--shape=small", "--rows=1", "--lengths=64", "--cells=2", "--repeats=2", f"--out={out}"])
     written = json.loads(out.read_text())
     names = [cell["name"] for cell in written["cells"]]
     assert names == ["ours, 8 x 64, padded", "ours, 1 x 64, packed"]
     for cell in written["cells"]:
         check(cell)
+        assert len(cell["runs"]) == 2
         assert cell["attention"] == "sdpa" and cell["pairs"]["computed"] >= cell["pairs"]["needed"] > 0
     assert written["shape"]["name"] == "small" and written["environment"]["threads"] == 1
     assert out.with_suffix(".png").stat().st_size > 1000
@@ -65,7 +67,7 @@ def test_a_small_run_in_this_process(
 @pytest.mark.slow
 def test_a_cell_in_a_process_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / "finetune.json"
-    finetune.main(["--shape=small", "--rows=1", "--lengths=32", "--cells=2", f"--out={out}"])
+    finetune.main(["--shape=small", "--rows=1", "--lengths=32", "--cells=2", "--repeats=1", f"--out={out}"])
     cells = json.loads(out.read_text())["cells"]
     assert [cell["who"] for cell in cells] == ["Trainer", "ours"]
     for cell in cells:
@@ -76,6 +78,7 @@ def test_a_cell_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune.sys, "executable", "/bin/false")
     cell = finetune.FinetuneCell("ours", 1, 32, packing=True, checkpointing=False)
     assert finetune.measure(cell, "small") == {"failed": "no output"}
+    assert finetune.whole([{"tokens_per_second": 1.0}, {"failed": "no output"}]) == {"failed": "no output"}
     assert "no output" in finetune.table([{"name": cell.name, "failed": "no output"}])
 
 

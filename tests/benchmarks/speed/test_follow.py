@@ -13,8 +13,9 @@ from trainer.llm.embedding.segment_encoder import TextSegmentEncoder
 
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "follow.json"
-    follow.main(["--rooms", "3", "--minutes", "2", f"--out={out}"])
+    follow.main(["--rooms", "3", "--minutes", "2", "--repeats", "2", f"--out={out}"])
     (result,) = json.loads(out.read_text())["results"]
+    assert len(result["runs"]) == 2
     assert result["segments"] == 12 and result["needed_per_second"] == 0.1 and result["dropped_share"] == 0
     assert 0 < result["lag_seconds"]["p50"] <= result["lag_seconds"]["max"]
     assert "reached/s" in capsys.readouterr().out
@@ -36,6 +37,6 @@ def test_the_clock_leaves_pauses_out_and_a_slow_model_drops(tmp_path: Path, monk
     monkeypatch.setattr(follow, "BusyClock", Slow)
     monkeypatch.setattr(TextSegmentEncoder, "encode", slow)
     out = tmp_path / "follow.json"
-    follow.main(["--rooms", "45", "--minutes", "3", f"--out={out}"])
+    follow.main(["--rooms", "45", "--minutes", "3", "--repeats", "1", f"--out={out}"])
     (result,) = json.loads(out.read_text())["results"]
     assert 0.05 < result["dropped_share"] < 0.5 and result["lag_seconds"]["max"] > 30

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import roofline, throughput
+from benchmarks.speed import limelight_training, roofline
 from benchmarks.speed.throughput import FLOP_PER_ROW
 
 
@@ -31,7 +31,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_every_precision_has_the_rate_of_its_own_products() -> None:
     # The rate of a precision other than fp32 is that of bf16 products.
-    assert set(roofline.PRECISIONS) == {"fp32", "bf16"} <= set(throughput.DEEPSPEED)
+    assert set(roofline.PRECISIONS) == {"fp32", "bf16"} <= set(limelight_training.DEEPSPEED)
 
 
 def test_the_work_of_a_row_is_what_the_throughput_counts() -> None:

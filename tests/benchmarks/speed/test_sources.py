@@ -17,6 +17,8 @@ def test_a_small_run(tmp_path, capsys):
     assert [result["read"]["events"] for result in results.values()] == [3000] * 2 + [1500] * 6
     runs = [result[what] for result in results.values() for what in ("read", "publish") if what in result]
     assert len(runs) == 14 and all(run["events_per_second"] > 0 for run in runs)
+    for result in results.values():
+        assert result["spread"]["events_per_second"]["most"] == result["read"]["events_per_second"]
     assert 100 < results["files, features"]["rows"] < 300
     printed = capsys.readouterr().out
     assert "| kafka, json, 100 a message, features |" in printed

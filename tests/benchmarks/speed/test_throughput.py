@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.speed import throughput, workload
+from benchmarks.speed import limelight_training, machine_rates, throughput, workload
 from benchmarks.speed.peers import pytorch
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
@@ -25,7 +25,7 @@ from trainer.runtime.phase_timer import PHASES
 SMALL = ["--scale=512", "--repeats=2"]
 BATCH, ROWS = throughput.BATCH // 512, workload.ROWS // 512
 PYTHONS = {"rechub-ple": "LIMELIGHT_RECHUB_PYTHON", "rechub-din": "LIMELIGHT_RECHUB_PYTHON"} | {
-    "fuxictr": "LIMELIGHT_FUXICTR_PYTHON"
+    "fuxictr": "LIMELIGHT_FUXICTR_PYTHON",
 }
 """Peer -> variable that names the Python of its virtual environment."""
 
@@ -127,7 +127,7 @@ def test_a_machine_with_gpus_has_a_rank_on_each_and_steps_that_fill_them(capsys:
 
 
 def test_the_share_of_the_device_is_of_products_in_the_precision_of_the_system() -> None:
-    rates = throughput.device_rates(torch.device("cpu"), size=16)
+    rates = machine_rates.device_rates(torch.device("cpu"), size=16)
     assert set(rates["device_product_gflops"]) == {"fp32", "tf32", "bf16"}
     assert min(*rates["device_product_gflops"].values(), rates["device_copy_gb_per_second"]) > 0
     products = {"fp32": 1e3, "tf32": 4e3, "bf16": 8e3}
@@ -195,7 +195,7 @@ def test_the_features_are_the_peers_inputs(tmp_path: Path, workers: int) -> None
     workload.write_arrays(tmp_path, {"train": made}, 16, 2048, 1)
     arrays = np.load(tmp_path / "train.npz")
     spec = DatasetSpec.load(tmp_path / "rows")
-    features = throughput.WorkloadFeatures(spec)
+    features = limelight_training.WorkloadFeatures(spec)
     store, histories = RowStore(tmp_path / "rows", spec), Histories(tmp_path / "rows", spec)
     loader = Loader(store, histories, features, rank=0, world=1, batch_size=16, seed=1, workers=workers)
     rows = 0
