@@ -17,7 +17,7 @@ from trainer.config.paths import check_outputs
 from trainer.config.quantize import QuantizeJob
 from trainer.config.ranker import JobConfig
 from trainer.config.staytime import StaytimeConfig
-from trainer.config.toml import list_mistakes, validate
+from trainer.config.toml import count_mistakes, list_mistakes, validate
 from trainer.console.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,12 +111,11 @@ def check_job(file: str, overrides: Sequence[str], kind: str | None, ranks: int)
 def kind_of(raw: dict[str, Any], file: str) -> str:
     """Return the command whose sections a file has, and where several have them, the one with the fewest mistakes."""
 
-    def misfits(kind: str) -> tuple[int, int]:
-        model = _MODELS[kind]
-        return sum(section not in model.model_fields for section in raw), len(list_mistakes(model, raw))
-
-    ranked = sorted(_MODELS, key=misfits)
-    equal = [kind for kind in ranked if misfits(kind) == misfits(ranked[0])]
+    misfits = {
+        kind: (sum(section not in model.model_fields for section in raw), count_mistakes(model, raw))
+        for kind, model in _MODELS.items()
+    }
+    equal = [kind for kind, count in misfits.items() if count == min(misfits.values())]
     if len(equal) > 1:
         raise UserError(f"{file}: could be a job of limelight {' or '.join(equal)}; say which by --kind")
     return equal[0]

@@ -99,6 +99,15 @@ def list_mistakes(model: type[BaseModel], raw: dict[str, Any]) -> list[str]:
     return []
 
 
+def count_mistakes(model: type[BaseModel], raw: dict[str, Any]) -> int:
+    """Return the number of lines that :func:`list_mistakes` has, without the time to find the words of each."""
+    try:
+        model.model_validate(raw)
+    except ValidationError as error:
+        return error.error_count()
+    return 0
+
+
 def validate_stored(model: type[Model], raw: dict[str, Any], origin: str) -> Model:
     """Validate a job that an earlier version may have written.
 

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -25,18 +26,27 @@ def computed_by(device: torch.device, compiled: bool = True) -> str:
     return f"compiled loops ({instructions})" if instructions else "PyTorch's operations"
 
 
-def environment(world: int) -> dict[str, Any]:
-    """Collect versions and machine, for the record of a run or a benchmark with ``world`` ranks."""
+@cache
+def package_versions() -> Mapping[str, str]:
+    """Return package -> installed version, of those of :data:`PACKAGES` that are installed.
+
+    Their descriptions on the disk are read once by a process.
+    """
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    return versions
+
+
+def environment(world: int) -> dict[str, Any]:
+    """Collect versions and machine, for the record of a run or a benchmark with ``world`` ranks."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": dict(package_versions()),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "ranks": world,
