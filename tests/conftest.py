@@ -13,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.disk_syncs import leave_out_syncs
 from tests.nursery import Ended, Nursery, NurseryProcess
 from tests.paths import ROOT
 from tests.s3 import Bucket, make_bucket, server_environment
@@ -28,6 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # A deadline for one example would measure the machine, which may have other work to do.
 hypothesis.settings.register_profile("limelight", deadline=None)
 hypothesis.settings.load_profile("limelight")
+
+leave_out_syncs()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -47,7 +50,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return available_cores() + 1
 
 
-LONG_FIRST = ("tests/distributed", "tests/faults", "tests/llm", "tests/launch", "tests/stream", "tests/benchmarks")
+LONG_FIRST = (
+    *("tests/distributed", "tests/faults", "tests/semantic_ids", "tests/llm", "tests/benchmarks", "tests/stream"),
+    *("tests/ranking", "tests/serving", "tests/launch", "tests/comment_staytime", "tests/engine", "tests/test_"),
+)
 """Folders whose modules take longest; started first, so that the test processes end at about the same time."""
 
 

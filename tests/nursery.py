@@ -28,15 +28,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
+from tests.disk_syncs import leave_out_syncs
 from tests.paths import ROOT
 
 PRELOADED = (
     "tests.faults.faulty_rank",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "peft",
     "pyarrow.dataset",
     "torch.distributed.run",
     "torch.utils.tensorboard.summary",
     "trainer.llm.finetuning.adapter_engine",
+    "transformers.models.qwen2.modeling_qwen2",
 )
 """Modules whose import takes long, at the start of a rank or later."""
 
@@ -443,15 +446,17 @@ def _mount(path: str, size: int) -> str:
 
 
 def _warm_up() -> None:
-    """Load numba's compiler and the networks' loops, which takes a second in the first process that uses them."""
+    """Do what the first job of each process would take a second for: load numba's compiler and loops, find versions."""
     import torch
 
     from modules import din_loops, expert_kernel
+    from trainer.runtime.environment import package_versions
     from trainer.sparse.dedup_exchange import unique_ids
 
     unique_ids([torch.arange(3)])
     din_loops.compile_loops()
     expert_kernel.compile_loops()
+    package_versions()
 
 
 def _serve(client: socket.socket) -> int:
@@ -484,6 +489,7 @@ def _serve(client: socket.socket) -> int:
 def main(listener: socket.socket) -> None:
     """Fork a server for each client, until the standard input ends."""
     os.dup2(2, 1)
+    leave_out_syncs()
     loaded = False
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         client, _ = listener.accept()

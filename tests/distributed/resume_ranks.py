@@ -65,6 +65,9 @@ ELSEWHERE = ("features.item.sharding=table_wise", "features.user.sharding=row_wi
 HALVES = {("1a", "2a"): 0, ("3a", "2a"): 1, ("2b", "1a"): 0, ("2b", "3a"): 1}
 """Start and earlier start -> the half of the pairs of layouts that :func:`load_all` loads. So each pair is loaded once
 by more ranks than saved it, and once by fewer."""
+MODEL_BLOCK_BYTES, JOB_BLOCK_BYTES = 256, 4096
+"""Sizes of blocks, so small that shards are written in several pieces; a job has larger tables, and saves often."""
+
 STOP_AFTER = 11
 """Step after which SIGTERM comes: between two entries of the metric history, and between two checkpoints."""
 
@@ -72,6 +75,7 @@ STOP_AFTER = 11
 def save_all(world: World, out: Path) -> dict[str, Any]:
     """Train models of every layout for a few steps, save them to ``out``, and return their tensors."""
     saved = {}
+    trainer_state.BLOCK_BYTES = MODEL_BLOCK_BYTES
     for number, (optimizer, layouts) in enumerate(LAYOUTS.items()):
         for layout in layouts:
             engine = make_engine(Combination(optimizer, layout, STAGES[number]), world)
@@ -79,6 +83,7 @@ def save_all(world: World, out: Path) -> dict[str, Any]:
             engine.save(out / f"{optimizer}-{layout}")
             saved[f"{optimizer}-{layout}"] = everything(engine, world)
             engine.close()
+    trainer_state.BLOCK_BYTES = JOB_BLOCK_BYTES
     return saved
 
 
@@ -184,8 +189,7 @@ def without_plots() -> None:
 
 
 def main(start: str, out: Path, dataset: Path, pairs: str, earlier: list[str]) -> None:
-    # Blocks are so small that every shard is written in several pieces.
-    trainer_state.BLOCK_BYTES = 256
+    trainer_state.BLOCK_BYTES = JOB_BLOCK_BYTES
     without_plots()
     with World.join("cpu") as world:
         outcome: dict[str, Any] = {"wrong": {}, "resumed": {}}

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+from tests.forked import ForkedJob
 from tests.paths import ROOT
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
@@ -246,29 +247,26 @@ def test_the_kubernetes_command_is_one_that_torchrun_and_the_job_take(monkeypatc
 
 
 def test_the_hostfile_and_its_commands_are_ones_that_deepspeed_and_the_job_take() -> None:
-    # Read by a process of its own: DeepSpeed looks for an accelerator when it is imported.
-    read = """
-import json, sys
-from deepspeed.launcher.runner import fetch_hostfile, parse_args
-given = [vars(parse_args(command)) for command in json.loads(sys.argv[2])]
-print(json.dumps([fetch_hostfile(sys.argv[1]), given]))
-"""
     text = (CLUSTER / "hostfile").read_text()
     commands = [
         shlex.split(found.replace("\\\n#", " "))[1:] for found in re.findall(r"#   (deepspeed(?:.*\\\n)*.*)", text)
     ]
     assert len(commands) == 2
     numbered = [["0" if word == "i" else word for word in command] for command in commands]
-    done = subprocess.run(
-        [sys.executable, "-c", read, str(CLUSTER / "hostfile"), json.dumps(numbered)],
-        cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUTS,
-    )
-    assert done.returncode == 0, done.stderr
-    hosts, read_commands = json.loads(done.stdout.splitlines()[-1])
+
+    def read() -> None:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        from deepspeed.launcher.runner import fetch_hostfile, parse_args
+
+        given = [vars(parse_args(command)) for command in numbered]
+        print(json.dumps([fetch_hostfile(str(CLUSTER / "hostfile")), given]))
+
+    # In a process of its own: DeepSpeed looks for an accelerator when it is imported.
+    job = ForkedJob(read)
+    *_, printed = job.stdout
+    assert job.wait() == 0
+    job.close()
+    hosts, read_commands = json.loads(printed)
     assert hosts == {"worker-0": 8, "worker-1": 8}
     for given in map(lambda found: argparse.Namespace(**found), read_commands):
         assert given.module and given.user_script == "trainer.rank" and (ROOT / given.hostfile).exists()

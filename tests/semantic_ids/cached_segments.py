@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from trainer.data.format.content_vectors import Origin
 from trainer.semantic_ids.vector_cache import VectorCache
@@ -47,12 +45,3 @@ def open_cache(path: Path, keep_ms: int = KEEP_MS) -> VectorCache:
 
 def content(cache: VectorCache) -> list[tuple[int, bytes, bytes]]:
     return [(record.sequence, record.entries.tobytes(), vectors.tobytes()) for record, vectors in cache.records(0)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_waits_for_the_disk() -> Iterator[None]:
-    """Leave out the syncs, which only a power failure would show."""
-    with pytest.MonkeyPatch.context() as patched:
-        for name in ("fsync", "fdatasync"):
-            patched.setattr(os, name, lambda descriptor: None)
-        yield

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 
 from tests.nursery import Nursery
-from tests.semantic_ids.cached_segments import no_waits_for_the_disk
 from tests.semantic_ids.follow_parts import DIM, NOW_MS, HashEncoder, ManualClock, SignCodebook, lines_of, message
 from tests.semantic_ids.followed_job import CACHE, SETTINGS, Job
 from tests.semantic_ids.killed_follow import POINTS
@@ -28,8 +27,6 @@ from trainer.semantic_ids.follow_report import lag_quantiles
 from trainer.semantic_ids.segment_source import LiveSegment, SourceBatch, parse_segment
 from trainer.semantic_ids.vector_cache import VectorCache
 from trainer.semantic_ids.vector_cache_reader import CachedVectors
-
-__all__ = ["no_waits_for_the_disk"]
 
 MESSAGES = [message(room, segment) for segment in range(5) for room in range(4)]
 

@@ -18,7 +18,6 @@ import torch
 import trainer.align
 from modules.codebook import Codebook
 from tests.semantic_ids.align_world import job_arguments
-from tests.semantic_ids.cached_segments import no_waits_for_the_disk
 from tests.semantic_ids.follow_parts import DIM, HashEncoder, ManualClock
 from tests.semantic_ids.followed_job import SETTINGS
 from trainer.config.align import load_align
@@ -45,8 +44,6 @@ from trainer.semantic_ids.store_address import open_store
 from trainer.semantic_ids.vector_cache import VectorCache
 from trainer.semantic_ids.vector_cache_parts import CacheSettings
 from trainer.semantic_ids.vector_cache_reader import CachedVectors
-
-__all__ = ["no_waits_for_the_disk"]
 
 ORIGIN = Origin(model="hashes", template={"segments": "{text}"}, hash="test")
 UNTIL = "data.train_until=2024-03-04T20:00"

@@ -17,7 +17,6 @@ from tests.semantic_ids.cached_segments import (
     append,
     content,
     entries_of,
-    no_waits_for_the_disk,
     open_cache,
     vectors_of,
 )
@@ -27,8 +26,6 @@ from trainer.semantic_ids import vector_cache
 from trainer.semantic_ids.vector_cache import AuthorSums, VectorCache
 from trainer.semantic_ids.vector_cache_parts import CachePart, CacheRecord, CacheSettings, part_files
 from trainer.semantic_ids.vector_cache_reader import CachedVectors
-
-__all__ = ["no_waits_for_the_disk"]
 
 
 def test_records_position_and_segments_are_there_after_opening_again(tmp_path: Path) -> None:

@@ -8,12 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.semantic_ids.cached_segments import append, content, no_waits_for_the_disk, open_cache
+from tests.semantic_ids.cached_segments import append, content, open_cache
 from trainer.console.errors import UserError
 from trainer.semantic_ids.vector_cache_parts import part_files
 from trainer.semantic_ids.vector_cache_reader import CachedVectors
-
-__all__ = ["no_waits_for_the_disk"]
 
 
 def test_a_record_that_is_cut_short_at_any_byte_is_removed_and_written_again(tmp_path: Path) -> None:

@@ -14,14 +14,11 @@ from tests.semantic_ids.cached_segments import (
     Row,
     append,
     entries_of,
-    no_waits_for_the_disk,
     open_cache,
     vectors_of,
 )
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.semantic_ids.vector_cache_reader import CachedVectors
-
-__all__ = ["no_waits_for_the_disk"]
 
 segments = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 200)), min_size=1, max_size=25)
 """Author and time of each segment, in the order in which they are appended."""
