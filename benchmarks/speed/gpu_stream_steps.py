@@ -102,10 +102,17 @@ def searched_stream(small: bool) -> Parts:
     with tempfile.TemporaryDirectory() as scratch:
         settings = ['features.history.short.search="top"', 'features.history.live.search="top"']
         settings += ['features.search.device="device"', "features.search.refresh_steps=20"]
-        first, last = ("2024-03-05", "2024-03-06") if small else ("2024-03-08", "2024-03-10")
-        settings += [f"data.train_until={first}", f"data.eval_from={last}"]
+        # A step for each slice would take minutes.
+        settings += ["stream.slice_seconds=600", "stream.flush_seconds=3600"]
+        days = (
+            ("2024-03-05", "2024-03-05T10:00", "2024-03-06")
+            if small
+            else ("2024-03-08", "2024-03-08T18:00", "2024-03-10")
+        )
+        keys = ("data.train_until", "stream.until", "data.eval_from")
+        settings += [f"{key}={time}" for key, time in zip(keys, days, strict=True)]
         yield from on_both_devices(scratch, small, *settings, job="configs/moment.toml")
 
 
-STEPS = {"stream_searches": Step(stream_searches, 90), "searched_stream": Step(searched_stream, 180)}
+STEPS = {"stream_searches": Step(stream_searches, 90), "searched_stream": Step(searched_stream, 240)}
 """Name -> step."""
