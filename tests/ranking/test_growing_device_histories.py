@@ -266,7 +266,7 @@ def test_a_job_takes_the_same_steps_and_waits_no_more(
     settings = {
         **{"model.compiled_attention": "false", "model.compiled_experts": "false", "train.batch_size": 8},
         **{"stream.publish_minutes": 0, "checkpoint.every_steps": 1000, "features.search.refresh_steps": 2},
-        **{"data.eval_from": "2024-03-05T18:00", "stream.until": "2024-03-05T14:00", "train.log_every": 3},
+        **{"data.eval_from": "2024-03-05T20:00", "stream.until": "2024-03-05T12:00", "train.log_every": 3},
     }
     runs, reports = {}, {}
     for where in ("cpu", "device"):
