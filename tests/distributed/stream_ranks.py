@@ -38,9 +38,11 @@ JOB = (
     "train.log_every=5",
     "checkpoint.every_steps=4",
     "checkpoint.every_minutes=0",
-    "stream.publish_minutes=0.0001",
     "train.device=cpu",
 )
+PUBLISHING = "stream.publish_minutes=0.0001"
+"""A run that publishes every checkpoint; one that is stopped and resumed without this trains in the same way."""
+
 SEARCHING = (
     "features.history.long.domain=video",
     "features.history.long.search=top",
@@ -53,9 +55,16 @@ STOP_AFTER = 7
 """Step of SIGTERM: at this time rows are buffered, visits are open, and predictions wait for their outcome."""
 
 
-def job(dataset: Path, directory: Path, policy: str) -> JobConfig:
+def job(dataset: Path, directory: Path, policy: str, *overrides: str) -> JobConfig:
     more = (*SEARCHING, codes_beside(dataset)) if policy == "fast_slow" else vectors_beside(dataset)
-    settings = [*JOB, *more, f"labels.policy={policy}", f"data.path={dataset}", f"run.directory={directory}"]
+    settings = [
+        *JOB,
+        *more,
+        f"labels.policy={policy}",
+        f"data.path={dataset}",
+        f"run.directory={directory}",
+        *overrides,
+    ]
     return load_config("configs/moment.toml", settings)
 
 
@@ -67,7 +76,7 @@ def main(start: str, out: Path, dataset: Path, earlier: list[str]) -> None:
         for policy in POLICIES:
             results = outcome[policy] = {"resumed": {}}
             if not earlier:
-                results["through"] = run(world, job(dataset, out / start / policy / "through", policy))
+                results["through"] = run(world, job(dataset, out / start / policy / "through", policy, PUBLISHING))
                 # One report, of the first policy, is enough.
                 without_plots()
                 stopped = out / start / policy / "stopped"
