@@ -11,7 +11,7 @@ does all of this at once; here is the same with PyTorch's operations, for a GPU 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,10 @@ SCORES_AT_ONCE = 1 << 24
 
 FEW_PRODUCTS = 1 << 24
 """Multiplications up to which a CPU uses PyTorch's product: the kernel takes a second to compile."""
+
+
+Nearest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Function that finds nearest centroids, see :func:`nearest`."""
 
 
 def row_sums(values: Tensor) -> Tensor:
@@ -59,14 +63,61 @@ def nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
             f"vectors of shape {list(vectors.shape)} and centroids of shape {list(centroids.shape)}; [n, d] and "
             "[k, d] with k > 0 are accepted"
         )
-    if vectors.device.type == "cpu" and vectors.numel() * len(centroids) > FEW_PRODUCTS:
+    if _has_kernel(vectors, centroids):
         return nearest_on_cpu(vectors, centroids.float())
     return nearest_by_product(vectors, centroids)
 
 
+class NearestWithin:
+    """Finds nearest centroids as :func:`nearest` does, without a wait of the host for the device.
+
+    The number of centroids that must be compared exactly is known to the device only. So there is room for a number of
+    them, and the results hold if it was enough; the host learns that later.
+
+    Args:
+        room: centroids for each vector, on average over the vectors that are compared together.
+        device: device of the vectors.
+
+    Attributes:
+        needed: scalar int64 on the device, the room that all calls so far needed.
+    """
+
+    def __init__(self, room: int, device: torch.device) -> None:
+        self._room = room
+        self.needed = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __call__(self, vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes and distances as :func:`nearest` does; if the room was too small, any codes and distances."""
+        if _has_kernel(vectors, centroids):
+            return nearest_on_cpu(vectors, centroids.float())
+        codes, distances, needed = _by_product(vectors, centroids, self._room)
+        self.needed = torch.maximum(self.needed, needed)
+        return codes, distances
+
+    @property
+    def fits(self) -> Tensor:
+        """Bool scalar on the device, True if the room was enough."""
+        return self.needed <= self._room
+
+
+def _has_kernel(vectors: Tensor, centroids: Tensor) -> bool:
+    """True if a CPU's kernel finds the centroids."""
+    return vectors.device.type == "cpu" and vectors.numel() * len(centroids) > FEW_PRODUCTS
+
+
 def nearest_by_product(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Find nearest centroids as :func:`nearest` does, with PyTorch's operations, on any device."""
+    """Find nearest centroids as :func:`nearest` does, with PyTorch's operations, on any device.
+
+    The host waits for the device, to learn how many centroids must be compared exactly.
+    """
+    codes, distances, _ = _by_product(vectors, centroids, None)
+    return codes, distances
+
+
+def _by_product(vectors: Tensor, centroids: Tensor, room: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, distances and, with ``room``, the room that they needed; see :class:`NearestWithin`."""
     vectors, centroids = vectors.float(), centroids.float()
+    needed = torch.zeros((), dtype=torch.int64, device=vectors.device)
     # Near the mean of the centroids, norms are small, and so is the error of a product.
     centre = centroids.mean(0)
     moved = centroids - centre
@@ -80,10 +131,26 @@ def nearest_by_product(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tens
         moved_part = part - centre
         scores = torch.addmm(half_norms, moved_part, moved.T, alpha=-1)
         error = score_error(moved_part.norm(dim=1), largest, vectors.shape[1], vectors.device)
-        candidates = (scores <= (scores.amin(1) + 2 * error)[:, None]).nonzero()
-        code, distance = _nearest_of(part, centroids, *candidates.T)
+        near = scores <= (scores.amin(1) + 2 * error)[:, None]
+        if room is None:
+            row, candidate = near.nonzero().T
+        else:
+            row, candidate, count = _first_places(near, room * len(part))
+            needed = torch.maximum(needed, (count + len(part) - 1) // len(part))
+        code, distance = _nearest_of(part, centroids, row, candidate)
         codes[first : first + step], distances[first : first + step] = code.int(), distance.float()
-    return codes, distances
+    return codes, distances, needed
+
+
+def _first_places(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row and column of the first ``size`` true places of a mask, ``[size]`` int64, and the number of all.
+
+    With fewer places, the first one is repeated: no size depends on the mask, so the host waits for nothing.
+    """
+    counts = mask.reshape(-1).cumsum(0, dtype=torch.int32)
+    places = torch.searchsorted(counts, torch.arange(1, size + 1, dtype=torch.int32, device=mask.device))
+    places = torch.where(places < mask.numel(), places, places[0])
+    return places // mask.shape[1], places % mask.shape[1], counts[-1].long()
 
 
 def squared_distances(vectors: Tensor, centroids: Tensor, codes: Tensor) -> Tensor:
@@ -118,7 +185,7 @@ def score_error(norms: Tensor, largest: Tensor, dim: int, device: torch.device) 
 def _nearest_of(vectors: Tensor, centroids: Tensor, row: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest candidate of each vector by the definition, ``[n] int64``, and its distance, ``float64``.
 
-    The candidates are pairs of a row and a code, ``[m] int64`` each; each row is in at least one pair.
+    The candidates are pairs of a row and a code, ``[m] int64`` each. A row without a pair has any code.
     """
     exact = _squared_distances(vectors, centroids, row, code)
     best = exact.new_full((len(vectors),), torch.inf).scatter_reduce(0, row, exact, "amin")
@@ -207,12 +274,17 @@ class Codebook:
                 total = total * self.scales[place]
         return total
 
-    def residuals(self, vectors: Tensor) -> Tensor:
-        """Return what all levels leave of vectors, as a next level would quantise it, ``[n, d] float32``."""
+    def residuals(self, vectors: Tensor, find: Nearest = nearest) -> Tensor:
+        """Return what all levels leave of vectors, as a next level would quantise it, ``[n, d] float32``.
+
+        Args:
+            vectors: ``[n, d]``, float32 or float16, on the device of the levels.
+            find: finds the nearest centroids, as :func:`nearest` does.
+        """
         residuals = vectors.float()
         for place, centroids in enumerate(self.levels):
             residuals = self._before(place, residuals)
-            code, _ = nearest(residuals, centroids)
+            code, _ = find(residuals, centroids)
             residuals = residuals - centroids[code.long()]
         return self._before(len(self.levels), residuals)
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from modules.codebook import Codebook, nearest_by_product
+from modules import codebook
+from modules.codebook import Codebook
 from tests.conftest import RunRanks
 from tests.device_waits import HOST_ONLY, Waits
 from tests.semantic_ids.fit_rank import hash_of
@@ -63,29 +64,55 @@ def test_a_warm_fit_equals_plain_k_means(seed: int) -> None:
     np.testing.assert_allclose([one.distortion for one in result.history[0]], distortions, rtol=1e-6)
 
 
-def test_the_host_waits_for_a_chunk_only_where_centroids_are_near_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operations of a GPU: it must say how many centroids are compared exactly, and what it has found."""
+@pytest.mark.parametrize("codes", [(12,), (6, 5)])
+def test_the_host_waits_once_in_a_pass(codes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations of a GPU. The results of a chunk are read when the next one is queued."""
     per_chunk = 100
     monkeypatch.setattr(vector_source, "CHUNK_VALUES", 8 * per_chunk)
     monkeypatch.setattr("tests.device_waits.HOST_ONLY", HOST_ONLY | {("vector_source.py", "")})
-    monkeypatch.setattr(kmeans, "nearest", nearest_by_product)
     monkeypatch.setattr(FixedPoint, "add_rows", FixedPoint.add_rows_by_index)
-    sums, waits, of_chunks = kmeans._Fitting._sums, Waits(), list[list[str]]()
+    sums, waits, of_passes = kmeans._Fitting._sums, Waits(), list[list[str]]()
 
     def counted_sums(*arguments: Any) -> Any:
         before = len(waits.calls)
         found = sums(*arguments)
-        of_chunks.append(waits.calls[before:])
+        of_passes.append(waits.calls[before:])
         return found
 
     monkeypatch.setattr(kmeans._Fitting, "_sums", counted_sums)
     with waits:
-        fitted(blobs(5 * per_chunk), KMeansSettings((12,), iterations=3, tolerance=0, start="random"))
-    assert len(of_chunks) == 3
-    for calls in of_chunks:
+        fitted(blobs(5 * per_chunk), KMeansSettings(codes, iterations=3, tolerance=0, start="random"))
+    assert len(of_passes) == 3 * len(codes)
+    for calls in of_passes:
         names = Counter(call.partition(" in ")[0] for call in calls)
-        # The end of a pass brings three results to the host.
-        assert names == {"nonzero": 5, "values of a step": 5, "numpy": 5, "cpu": 2, "_local_scalar_dense": 1}
+        # A copy of a chunk is read, and two of its tensors. The end of a pass brings three results to the host.
+        assert names == {"values of a step": 5, "tolist": 5, "numpy": 5, "cpu": 2, "_local_scalar_dense": 1}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("revive", [False, True])
+def test_a_chunk_without_room_is_added_again(
+    normalize: bool, revive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vector_source, "CHUNK_VALUES", 8 * 100)
+    # A bound of the error as wide as the distances of centroids: many of them must be compared exactly.
+    monkeypatch.setattr(codebook, "score_error", lambda norms, largest, dim, device: 2 * norms)
+    settings = KMeansSettings((12, 9), iterations=4, tolerance=0, revive=revive, normalize=normalize)
+    enough = fitted(blobs(500), settings)
+    monkeypatch.setattr(kmeans, "FIRST_ROOM", 1)
+    again, exact = [], codebook.nearest
+
+    def counted(vectors: torch.Tensor, centroids: torch.Tensor) -> Any:
+        again.append(len(vectors))
+        return exact(vectors, centroids)
+
+    monkeypatch.setattr(kmeans, "nearest", counted)
+    result = fitted(blobs(500), settings)
+    assert result.history == enough.history
+    for ours, theirs in zip(result.codebook.levels, enough.codebook.levels, strict=True):
+        assert torch.equal(ours, theirs)
+    # The first chunks only: they make room for the others.
+    assert 1 <= len([count for count in again if count == 100]) < 20
 
 
 @pytest.mark.parametrize("start", ["random", "k-means++"])

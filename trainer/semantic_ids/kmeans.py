@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from modules.codebook import Codebook, nearest, row_sums
+from modules.codebook import Codebook, Nearest, NearestWithin, nearest, row_sums
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.runtime.distributed import World
@@ -49,6 +49,9 @@ LEAST_MAGNITUDE = 1e-12
 
 BLOCK = 256
 """Neighbouring vectors of a mini-batch that are read together."""
+
+FIRST_ROOM = 4
+"""Centroids for each vector that are compared exactly at first; a chunk that needs more makes room for later ones."""
 
 LEAST_SAMPLE = 1 << 16
 """Vectors of the sample of k-means++ at least; fewer vectors are taken whole."""
@@ -97,10 +100,10 @@ class Fit(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Residuals of a chunk on the device, with numbers and weights."""
+    """A chunk: numbers of its vectors, the vectors on the device, and their weights on the host."""
 
     numbers: np.ndarray
-    values: Tensor
+    vectors: Tensor
     weights: Tensor
 
 
@@ -166,6 +169,7 @@ class _Fitting:
         self.first, self.stop = source.share(world.rank, world.size)
         self.hash = settings_hash(source, settings, warm)
         self.magnitude, self.total_weight = self._check()
+        self._room = FIRST_ROOM
 
     def run(self) -> Fit:
         """Fit the levels one after the other."""
@@ -292,14 +296,14 @@ class _Fitting:
                     ranges.append((first, stop))
             yield ranges
 
-    def _parts(self, ranges: list[tuple[int, int]], before: Codebook) -> Iterator[_Part]:
+    def _parts(self, ranges: list[tuple[int, int]]) -> Iterator[_Part]:
         for first, stop in ranges:
             for chunk in chunks(self.source, first, stop):
                 numbers = np.arange(chunk.first, chunk.first + len(chunk.vectors))
-                yield _Part(numbers, self._residuals(chunk.vectors, before), torch.from_numpy(chunk.weights))
+                yield _Part(numbers, self._on_device(chunk.vectors), torch.from_numpy(chunk.weights))
 
-    def _residuals(self, vectors: np.ndarray, before: Codebook) -> Tensor:
-        return before.residuals(to_device(torch.from_numpy(vectors), self.world.device))
+    def _on_device(self, vectors: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(vectors), self.world.device)
 
     def _sums(
         self,
@@ -316,19 +320,32 @@ class _Fitting:
         sums = torch.zeros(centroids.shape, dtype=torch.int64, device=device)
         totals = torch.zeros(len(centroids) + 1, dtype=torch.int64, device=device)
 
-        def parts() -> Iterator[tuple[np.ndarray, HostCopy]]:
-            for part in self._parts(ranges, before):
-                codes, squared = nearest(part.values, centroids)
-                index, weights = codes.long(), to_device(part.weights, device)
-                vectors.add_rows(sums, codes, part.values, weights)
-                totals.index_add_(0, index, weights)
-                totals[-1] += (distances.integers(squared) * weights).sum()
-                yield part.numbers, HostCopy([squared.double() * weights] if self.settings.revive else [])
+        def add(part: _Part, find: Nearest) -> list[Tensor]:
+            """Add a chunk to the sums, or nothing if there was no room; return the weighted distances if they count."""
+            values = before.residuals(part.vectors, find)
+            codes, squared = find(values, centroids)
+            index, weights = codes.long(), to_device(part.weights, device)
+            if isinstance(find, NearestWithin):
+                weights, squared = weights * find.fits, torch.where(find.fits, squared, 0)
+            vectors.add_rows(sums, codes, values, weights)
+            totals.index_add_(0, index, weights)
+            totals[-1] += (distances.integers(squared) * weights).sum()
+            return [squared.double() * weights] if self.settings.revive else []
 
-        for numbers, weighted in one_behind(parts()):
+        def parts() -> Iterator[tuple[tuple[_Part, int], HostCopy]]:
+            for part in self._parts(ranges):
+                find = NearestWithin(self._room, device)
+                weighted = add(part, find)
+                yield (part, self._room), HostCopy([find.needed, *weighted])
+
+        for (part, room), (needed, *weighted) in one_behind(parts()):
+            if (more := needed.tolist()) > room:
+                # Sums are integers, so a chunk may be added later. This time the host waits for the device.
+                weighted = HostCopy(add(part, nearest)).read()
+                self._room = max(self._room, 2 * more)
             for of_part in weighted:
-                worst = _larger(worst, of_part.numpy(), numbers, len(centroids))
-            progress.advance(len(numbers))
+                worst = _larger(worst, of_part.numpy(), part.numbers, len(centroids))
+            progress.advance(len(part.numbers))
         if self.world.size > 1:
             dist.all_reduce(sums, group=dist.group.WORLD)
             dist.all_reduce(totals, group=dist.group.WORLD)
@@ -355,7 +372,8 @@ class _Fitting:
         result = torch.zeros((len(numbers), self.source.dim))
         if len(own):
             # A sum over ranks makes 0.0 of -0.0; adding 0.0 does so on one rank, too.
-            result[own] = self._residuals(self.source.read(numbers[own])[0], before).cpu() + 0.0
+            vectors = self._on_device(self.source.read(numbers[own])[0])
+            result[own] = before.residuals(vectors).cpu() + 0.0
         if self.world.size > 1:
             # Every row comes from one rank and is zero elsewhere, so the sum is exact.
             dist.all_reduce(result, group=self.world.control)
@@ -387,8 +405,8 @@ class _Fitting:
     def _check_distinct(self, before: Codebook, codes: int) -> None:
         """Check that there are as many distinct vectors as codes."""
         found = np.empty(0, np.uint64)
-        for part in self._parts([(self.first, self.stop)], before):
-            found = np.union1d(found, hash_rows(part.values.cpu().numpy()))
+        for part in self._parts([(self.first, self.stop)]):
+            found = np.union1d(found, hash_rows(before.residuals(part.vectors).cpu().numpy()))
             if len(found) >= codes:
                 break
         gathered = self.world.gather(found[:codes])
@@ -418,8 +436,9 @@ class _Fitting:
         largest = math.ldexp(1.0, self._magnitude(earlier)) + float(last.abs().max())
         lengths = FixedPoint.of(self.total_weight, magnitude_of(largest * math.sqrt(self.source.dim) * 1.01))
         total = torch.zeros((), dtype=torch.int64, device=self.world.device)
-        for part in self._parts([(self.first, self.stop)], earlier):
-            left = part.values - last[nearest(part.values, last)[0].long()]
+        for part in self._parts([(self.first, self.stop)]):
+            values = earlier.residuals(part.vectors)
+            left = values - last[nearest(values, last)[0].long()]
             integers = lengths.integers(row_sums(left.double() ** 2).sqrt())
             total += (integers * to_device(part.weights, integers.device)).sum()
         return lengths.value(self.world.sum(int(total))) / self.total_weight
