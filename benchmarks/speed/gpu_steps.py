@@ -155,13 +155,13 @@ def device_searches(small: bool) -> Parts:
     """Make the batches of long histories with searches by the loader and on the device, and compare all their ids."""
     from trainer.data.features.device_places import DevicePlaces
     from trainer.data.loading.loader import Loader
-    from trainer.ranking.device_histories import DeviceHistories, searched_lengths
+    from trainer.ranking.device_histories import DeviceHistories
 
     users, days, rows, steps = (20, 10, 64, 4) if small else (400, 60, 2048, 20)
     with tempfile.TemporaryDirectory() as scratch:
-        config, data, features, space = searched_model(scratch, users, days)
+        _, data, features, space = searched_model(scratch, users, days)
         places = DevicePlaces(data.histories, data.spec.partitions, range(data.spec.partitions))
-        on_device = DeviceHistories(features, places, space, searched_lengths(config.features), device())
+        on_device = DeviceHistories(features, places, space, device())
         yield {"visits": places.entries, "bytes": DeviceHistories.bytes_needed(features, places, space)}
 
         loaders = [

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modules import codebook, codebook_kernel
-from modules.codebook import Codebook, nearest, nearest_by_product, row_sums
+from modules.codebook import Codebook, NearestWithin, nearest, nearest_by_product, row_sums
 from modules.codebook_kernel import nearest_on_cpu
 from tests.paths import ROOT
 
@@ -55,8 +55,34 @@ def on_cpu_in_floats(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[to
         return nearest_on_cpu(vectors, centroids)
 
 
+def within_room(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    find = NearestWithin(len(centroids), vectors.device)
+    with patch.object(codebook, "FEW_PRODUCTS", 1 << 60):
+        found = find(vectors, centroids)
+    assert find.fits and 0 <= find.needed <= len(centroids)
+    return found
+
+
 Search = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-SEARCHES = (nearest, nearest_by_product, nearest_on_cpu, on_cpu_in_floats)
+SEARCHES = (nearest, nearest_by_product, within_room, nearest_on_cpu, on_cpu_in_floats)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_room_that_is_needed_is_told_and_enough(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(70, 4, generator=random)
+    # Each centroid is there three times, and some again at a distance that float32 cannot tell.
+    centroids = torch.randn(9, 4, generator=random).repeat(3, 1)
+    centroids = torch.cat([centroids, centroids[:5] * (1 + 2**-22)])
+    expected = nearest_by_product(vectors, centroids)
+    with patch.object(codebook, "SCORES_AT_ONCE", 20 * len(centroids)):
+        small = NearestWithin(1, vectors.device)
+        small(vectors, centroids)
+        assert not small.fits and small.needed >= 3
+        enough = NearestWithin(int(small.needed), vectors.device)
+        found = enough(vectors, centroids)
+    assert enough.fits and enough.needed == small.needed
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.data.code_files import codes_around, write_codes
 from tests.planning.planned_dataset import SPEC
 from trainer.config.ranker import parse_config
 from trainer.console.errors import UserError
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.planning.accelerators import describe_cluster
 from trainer.planning.ranker_plan import Assumptions, plan_ranker
 
@@ -139,10 +143,16 @@ def test_the_host_of_a_gpu_keeps_snapshot_search_vectors_and_batches() -> None:
 CONSTANT = {"optimizer": {"decay": "constant", "warmup": 0}}
 """The learning rate of a stream."""
 
+HISTORIES = {
+    "long": {"domain": "video", "search": "top"},
+    "author": {"domain": "video", "search": "author"},
+    "live_author": {"domain": "live", "search": "author"},
+    "mixed": {"domain": "both", "require": ["like"]},
+}
+
 
 def with_searches(device: str, **search: Any) -> dict[str, Any]:
-    history = {"long": {"domain": "video", "search": "top"}}
-    return {"history": history, "search": {"device": device, **search}, "item": {"dim": 24}}
+    return {"history": {"long": HISTORIES["long"]}, "search": {"device": device, **search}, "item": {"dim": 24}}
 
 
 def test_histories_that_the_device_searches_are_in_its_memory() -> None:
@@ -169,3 +179,32 @@ def test_histories_that_the_device_searches_are_in_its_memory() -> None:
     many = {"item": 1_500_000_000}
     assert searched("cpu", **with_searches("auto")) == searched(rows=many, **with_searches("auto")) == 0
     assert searched(rows=many, **with_searches("device")) > 64 * many["item"]
+
+
+def test_orders_and_codes_of_histories_are_in_memory_too(tmp_path: Path) -> None:
+    visits = {name: np.arange(30) for name in ("item_id", "author_id", "request_ms")}
+    codes = codes_around({**visits, "domain": np.ones(30)}, share=1)
+    file = str(write_codes(tmp_path / "codes.parquet", codes))
+
+    def planned_with(*names: str, gpu: str = "h200", **features: Any) -> dict[str, Any]:
+        history = {name: HISTORIES[name] for name in ("long", *names)}
+        return planned(gpu, exposures=7_001, features={**with_searches("device"), "history": history, **features})
+
+    def parts(plan: dict[str, Any]) -> tuple[int, int]:
+        return plan["memory"]["fullest"]["searched histories"], plan["host_memory"]["parts"]["orders of histories"]
+
+    alone = planned_with()
+    assert "orders of histories" not in alone["host_memory"]["parts"]
+    device = alone["memory"]["fullest"]["searched histories"]
+    # Two histories of authors share their order; "mixed" also gives each visit its domain.
+    assert parts(planned_with("author", "live_author")) == (device + 4 * 3_501, 12 * 3_501)
+    assert parts(planned_with("mixed")) == (device + 8 * 3_501, 16 * 3_501)
+    shown = {"shown": {"file": file, "history": "entry", "tables": "levels", "levels": 2}}
+    with_codes = planned_with("author", codes=shown)
+    assert parts(with_codes)[0] == device + (4 + 21) * 3_501 + 2 * 4 * (len(codes) + 1)
+    vectors = np.ones((7, 5), np.float16)
+    ContentVectors.write(tmp_path / "items", np.arange(7), vectors)
+    of_items = {"title": {"table": str(tmp_path / "items"), "dim": 4, "histories": True}}
+    assert parts(planned_with("author", content=of_items))[0] == device + (4 + 4) * 3_501 + vectors.nbytes
+    on_cpu = planned_with("author", gpu="cpu")["memory"]["fullest"]
+    assert on_cpu["orders of histories"] == 12 * 3_501

@@ -140,7 +140,7 @@ def frames_of(file: Path, text: str) -> Iterator[Any]:
     [
         (ROOT / "trainer/engine/hybrid_engine.py", "torch.isfinite(losses).all()", "bool()"),
         (ROOT / "trainer/engine/hybrid_engine.py", "float(unread.values.losses.sum())", "float()"),
-        (ROOT / "trainer/ranking/evaluation.py", "batch.searched_beyond.cpu()", "cpu()"),
+        (ROOT / "trainer/engine/dense_engine.py", "steps[0].cpu().clone()", "cpu()"),
         (PACKAGES / "torchrec/distributed/dist_data.py", ".tolist()", "tolist()"),
         (PACKAGES / "torch/cuda/streams.py", "super().synchronize()", "synchronize()"),
         (PACKAGES / "deepspeed/runtime/zero/stage_1_and_2.py", ".item()", "item()"),

@@ -91,9 +91,7 @@ def test_the_host_waits_once_in_a_pass(codes: tuple[int, ...], monkeypatch: pyte
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("revive", [False, True])
-def test_a_chunk_without_room_is_added_again(
-    normalize: bool, revive: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunk_without_room_is_added_again(normalize: bool, revive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_source, "CHUNK_VALUES", 8 * 100)
     # A bound of the error as wide as the distances of centroids: many of them must be compared exactly.
     monkeypatch.setattr(codebook, "score_error", lambda norms, largest, dim, device: 2 * norms)

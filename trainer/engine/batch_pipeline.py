@@ -71,7 +71,7 @@ class InFlightBatch:
         host: the batch on the host; None if ``batch`` is there.
 
     Attributes:
-        batch: the batch as given.
+        batch: the batch as given; after :meth:`rows` with all vectors that a device has found.
         host: the same batch on the host.
     """
 
@@ -133,6 +133,7 @@ class InFlightBatch:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
             self.batch.record_stream(torch.cuda.current_stream())
+        self.batch = self.batch.finished()
         with self._clock.phase("tables"):
             return {name: rows for exchange in self._exchanges for name, rows in exchange.rows(step).items()}
 

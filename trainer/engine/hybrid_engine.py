@@ -100,7 +100,7 @@ class StepValues(NamedTuple):
     Attributes:
         losses: ``[2]``, loss and alignment of the result.
         logits: logits of the result.
-        user_id, label, mask: those of the batch.
+        user_id, label, mask, searched_missing: those of the batch.
     """
 
     losses: Tensor
@@ -108,6 +108,7 @@ class StepValues(NamedTuple):
     user_id: Tensor
     label: Tensor
     mask: Tensor
+    searched_missing: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -491,7 +492,8 @@ class HybridEngine:
         self.steps_done += 1
         loss, alignment = losses.unbind()
         laps = self._clock.lap()
-        copies = HostCopy((losses, predicted, batch.user_id, batch.label, batch.mask))
+        counted = [] if batch.searched_missing is None else [batch.searched_missing]
+        copies = HostCopy((losses, predicted, batch.user_id, batch.label, batch.mask, *counted))
         save, stop = totals.save > 0, totals.stop > 0
         return StepResult(
             self.steps_done, batch, predicted, loss, alignment, rows, totals.left_out, save, stop, laps, copies

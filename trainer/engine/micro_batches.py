@@ -80,7 +80,8 @@ def split_micro_batches(
                 ends[name] = torch.nn.functional.pad(host_lengths[name].cumsum(0), (1, 0))[bounds].tolist()
             else:
                 ends[name] = [fixed * bound for bound in bounds]
-        content = _split_content(host, host_lengths, bounds, batch.dense.device)
+        # Vectors that a device has found are there only, and it waits for their number in each part.
+        content = _split_content(host if host.left is None else batch, host_lengths, bounds, batch.dense.device)
     else:
         content = [batch.content]
     return [

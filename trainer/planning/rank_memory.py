@@ -9,6 +9,7 @@ import numpy as np
 
 from modules.search.search import padded_width
 from trainer.config.ranker import JobConfig
+from trainer.data.features.fitted_codes import read_code_files
 from trainer.data.format.growing_history import MOST_PLACES
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.loading.loader import FETCHED_AHEAD
@@ -16,7 +17,9 @@ from trainer.planning.accelerators import Cluster
 from trainer.planning.ranker_model import RankerModel
 from trainer.planning.table_memory import FLOAT, RankTables
 from trainer.ranking.device_entries import entry_bytes
-from trainer.ranking.device_histories import AUTO_SHARE, refusal
+from trainer.ranking.device_histories import AUTO_SHARE, listing_bytes, listings_of, refusal
+from trainer.ranking.device_segments import DeviceCodes
+from trainer.ranking.device_vectors import DeviceVectors
 from trainer.ranking.growing_device_histories import places_for
 from trainer.sparse.dynamic_ids import ID_BYTES
 
@@ -43,8 +46,8 @@ def searched_histories(model: RankerModel, config: JobConfig, spec: DatasetSpec,
     Args:
         model: the model.
         config: the job.
-        spec: description of the dataset. Each exposure may be a visit of a history, and every rank has as many. Those
-            of a stream are counted with the largest number of places that each may take.
+        spec: description of the dataset. Visits of a stream are counted with the largest number of places that each may
+            take.
         cluster: the cluster.
         other: bytes of the other parts of the fullest rank, for a job that lets the free memory decide.
     """
@@ -52,16 +55,43 @@ def searched_histories(model: RankerModel, config: JobConfig, spec: DatasetSpec,
     automatic = search.device == "auto"
     if not model.features.needs_space or search.device == "cpu" or refusal(config):
         return 0
-    places = math.ceil(spec.exposures / cluster.gpus)
+    entries = _visits(spec, cluster)
     if config.stream is not None:
-        places = places_for(MOST_PLACES * places)
-    needed = places * entry_bytes(model.features)
+        needed = places_for(MOST_PLACES * entries) * entry_bytes(model.features)
+    else:
+        needed = entries * (entry_bytes(model.features) + listing_bytes(model.features, entries))
+        needed += _inputs_of_visits(model, config, entries)
     if figures.device == "cuda":
         # A CPU searches the vectors of the host where they are.
         needed += _vector_bytes(model, config)
     if automatic and (figures.device == "cpu" or needed > AUTO_SHARE * (figures.memory_bytes - other)):
         return 0
     return needed
+
+
+def orders_of_histories(model: RankerModel, config: JobConfig, spec: DatasetSpec, cluster: Cluster) -> int:
+    """Return the bytes of host memory of a rank that order the visits of a dataset whose histories a device searches."""
+    if config.stream is not None:
+        return 0
+    return _visits(spec, cluster) * sum(key.host_bytes for key in listings_of(model.features))
+
+
+def _inputs_of_visits(model: RankerModel, config: JobConfig, entries: int) -> int:
+    """Return the bytes of codes and pre-trained vectors of visits on a device that searches."""
+    of_histories = {code_set.name: code_set for code_set in model.features.codes.sets if code_set.in_histories}
+    files = read_code_files({name: code_set.config for name, code_set in of_histories.items()})
+    needed = sum(DeviceCodes.bytes_needed(of_histories[name], len(file), entries) for name, file in files.items())
+    for table in model.features.layout.content:
+        if table.entries:
+            facts = model.features.fitted.content[table.name]
+            size, owner = np.dtype(facts.dtype).itemsize * facts.width, config.features.content[table.name].of
+            needed += DeviceVectors.bytes_needed(entries, facts.count, size, of_segments=owner == "segment")
+    return needed
+
+
+def _visits(spec: DatasetSpec, cluster: Cluster) -> int:
+    """Return the visits of a rank's users: each exposure may be one of a history, and every rank has as many."""
+    return math.ceil(spec.exposures / cluster.gpus)
 
 
 def search_vectors(model: RankerModel, config: JobConfig) -> int:

@@ -33,6 +33,7 @@ from trainer.planning.rank_memory import (
     fullest_host,
     host_memory,
     id_columns,
+    orders_of_histories,
     searched_histories,
 )
 from trainer.planning.ranker_model import RankerModel
@@ -169,6 +170,8 @@ def plan_ranker(
     searched = searched_histories(model, config, spec, cluster, max(sum(of_rank.values()) for of_rank in memory))
     if searched:
         memory = [{**of_rank, "searched histories": searched} for of_rank in memory]
+        if orders := orders_of_histories(model, config, spec, cluster):
+            host = [{**of_rank, "orders of histories": orders} for of_rank in host]
     if figures.device == "cpu":
         # A CPU has one memory.
         memory = [{**on_device, **on_host} for on_device, on_host in zip(memory, host, strict=True)]

@@ -1,8 +1,10 @@
-"""Histories on a rank's device, and their searches by dot product there.
+"""Histories on a rank's device, and their searches there.
 
-The loader leaves these searches to the device: a batch has the runs to search and zeros in place of the ids of their
-entries. The number of entries of each row is known without the search, so a batch has its sizes already, and the host
-waits for nothing. The other searches stay in the loader: they are cheap, and what ``author`` finds has no known number.
+The loader leaves searches to the device: a batch has the runs to search and zeros in place of the ids of their entries.
+The number of entries of each row is known without the search, so a batch has its sizes already, and the host waits for
+nothing. A search by dot product finds the best entries of a run; of the other searches the run itself is what they
+find, in an order that suits them (``trainer/data/features/device_listings.py``). Of a dataset all searches are left to
+the device, of a stream those by dot product.
 
 Each version of the search vectors is copied to the device before its first batch. The first use decides, and not the
 training step, so that a run that continues, an evaluation and a training take one path.
@@ -20,12 +22,14 @@ from torch import Tensor
 
 from modules.search import tensor_search
 from modules.search.tensor_search import DevicePart
-from trainer.config.features import FeatureConfig
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.text_table import size_text
+from trainer.data.features.content_inputs import SegmentReadings
+from trainer.data.features.device_listings import ListingKey, listing_of
 from trainer.data.features.device_places import DevicePlaces
 from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.missing_inputs import CODE, VECTOR
 from trainer.data.features.packed_side import AGE_PLACE, GAP_BUCKETS
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.history import Histories
@@ -33,6 +37,8 @@ from trainer.data.loading.batch import RankingBatch
 from trainer.data.loading.batch_plan import partitions_of_rank
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.device_entries import DeviceEntries, entry_bytes
+from trainer.ranking.device_segments import DeviceCodes
+from trainer.ranking.device_vectors import DeviceVectors
 from trainer.runtime.distributed import World
 
 logger = logging.getLogger(__name__)
@@ -51,23 +57,24 @@ class DeviceSearches:
         features: feature map of the model.
         size: number of places of entries.
         space: search vectors.
-        lengths: history that searches by dot product -> largest number of entries.
         device: device of the rank.
 
     Attributes:
         entries: the entries, which a subclass writes.
     """
 
-    def __init__(
-        self, features: FeatureMap, size: int, space: SearchSpace, lengths: dict[str, int], device: torch.device
-    ) -> None:
+    def __init__(self, features: FeatureMap, size: int, space: SearchSpace, device: torch.device) -> None:
         self.entries = DeviceEntries(features, size, device)
-        self._space, self._lengths, self._device = space, lengths, device
+        self._space, self._reads, self._device = space, features.reads, device
         self._tables = [name for name in ("item", "author") if name in space.tables(0)]
         self._direct = features.direct
         self._version: int | None = None
         self._vectors: dict[str, Tensor] = {}
         self._search = _kernel(device)
+        # What only the entries of a dataset have.
+        self._listings: dict[ListingKey, Tensor] = {}
+        self._codes: dict[str, DeviceCodes] = {}
+        self._content: list[DeviceVectors] = []
 
     def complete(self, batch: RankingBatch) -> RankingBatch:
         """Make the searches that are left to the device, on the current stream, and write the ids of their entries.
@@ -96,19 +103,44 @@ class DeviceSearches:
         entries = self.entries
         parts = [DevicePart(entries.ids[name], ids[name], self._vectors[name]) for name in self._tables]
         beyond = []
+        missing = {name: torch.zeros(2, dtype=torch.int64, device=self._device) for name in batch.missing}
+        keys: dict[str, dict[str, Tensor]] = {of_table.name: {} for of_table in self._content}
         for name, longest in left.longest.items():
             first, stop = left.run(name)
-            length = self._lengths[name]
-            at, row = _found(self._search(first, stop, length, *parts, longest=longest), stop - first, ids, name)
+            read, found = self._reads[name], len(ids[f"{name}_item"])
+            if read.search == "top":
+                best = self._search(first, stop, read.length, *parts, longest=longest)
+                row, within = _rows((stop - first).clamp(max=best.shape[1]), found)
+                at = best[row, within]
+            else:
+                row, within = _rows(stop - first, found)
+                key = listing_of(read)
+                at = first[row] + within if key is None else self._listings[key][first[row] + within].long()
             for table, column in entries.ids.items():
                 ids[f"{name}_{table}"].copy_(column[at])
                 if entries.has_beyond and table in self._direct:
                     # Row 0 of a table with direct ids is that of ids beyond it.
                     beyond.append((ids[f"{name}_{table}"] == 0).sum())
+            as_of_ms = left.as_of_ms[row]
             context = entries.context[at].long()
-            context[:, AGE_PLACE] += _gap_bucket(left.as_of_ms[row] - entries.request_ms[at])
+            context[:, AGE_PLACE] += _gap_bucket(as_of_ms - entries.request_ms[at])
             ids[f"{name}_context"].copy_(context.view(-1))
-        return replace(batch, left=None, searched_beyond=torch.stack(beyond).sum() if beyond else None)
+            for code_set, codes in self._codes.items():
+                missing[code_set] += codes.fill(name, at, as_of_ms, ids)
+            for of_table in self._content:
+                keys[of_table.name][name], counts = of_table.keys(at, as_of_ms)
+                missing[f"{VECTOR}{of_table.name}"] += counts
+        late = {
+            of_table.name: of_table.of_batch(batch.content[of_table.name], left.keys(place), keys[of_table.name])
+            for place, of_table in enumerate(self._content)
+        }
+        return replace(
+            batch,
+            left=None,
+            late=late,
+            searched_beyond=torch.stack(beyond).sum() if beyond else None,
+            searched_missing=torch.stack(list(missing.values())) if self._codes or self._content else None,
+        )
 
 
 class DeviceHistories(DeviceSearches):
@@ -118,7 +150,6 @@ class DeviceHistories(DeviceSearches):
         features: feature map of the model.
         places: places of the entries on the device.
         space: search vectors.
-        lengths: history that searches by dot product -> largest number of entries.
         device: device of the rank.
 
     Attributes:
@@ -130,15 +161,22 @@ class DeviceHistories(DeviceSearches):
         features: FeatureMap,
         places: DevicePlaces,
         space: SearchSpace,
-        lengths: dict[str, int],
         device: torch.device,
     ) -> None:
-        super().__init__(features, places.entries, space, lengths, device)
+        super().__init__(features, places.entries, space, device)
         self.places, begin = places, 0
         for visits in places.read():
             stop = begin + len(visits.item_id)
             self.entries.write(np.arange(begin, stop), visits)
             begin = stop
+        self._listings = {key: _listing(places, key, device) for key in listings_of(features)}
+        self._codes = {
+            f"{CODE}{code_set.name}": DeviceCodes(code_set, reader, places, device)
+            for code_set, reader in features.codes.of_histories()
+        }
+        self._content = [
+            DeviceVectors(layout, reader, places, device) for layout, reader in features.vectors_of_histories()
+        ]
         if device.type == "cuda":
             # Batches are searched on a stream of their own.
             torch.cuda.synchronize(device)
@@ -146,7 +184,22 @@ class DeviceHistories(DeviceSearches):
     @staticmethod
     def bytes_needed(features: FeatureMap, places: DevicePlaces, space: SearchSpace) -> int:
         """Return the bytes of memory that the histories and a version of the search vectors take on the device."""
-        return places.entries * entry_bytes(features) + vector_bytes(space)
+        entries = places.entries
+        codes = sum(
+            DeviceCodes.bytes_needed(code_set, len(reader.rows_of_places()[0]) - 1, entries)
+            for code_set, reader in features.codes.of_histories()
+        )
+        content = sum(
+            DeviceVectors.bytes_needed(
+                entries,
+                len(reader.vectors),
+                reader.vectors[:1].nbytes,
+                of_segments=isinstance(reader, SegmentReadings),
+            )
+            for _, reader in features.vectors_of_histories()
+        )
+        of_entry = entry_bytes(features) + listing_bytes(features, entries)
+        return entries * of_entry + vector_bytes(space) + codes + content
 
 
 def open_device_histories(
@@ -177,7 +230,7 @@ def open_device_histories(
     needed = DeviceHistories.bytes_needed(features, places, space)
     if memory_for(config, f"{places.entries:,} visits and the search vectors", needed, world, engine) is None:
         return None
-    return DeviceHistories(features, places, space, searched_lengths(config.features), world.device)
+    return DeviceHistories(features, places, space, world.device)
 
 
 def is_wanted(config: JobConfig, world: World) -> bool:
@@ -235,19 +288,31 @@ def vector_bytes(space: SearchSpace) -> int:
     return max(vectors, later)
 
 
-def searched_lengths(config: FeatureConfig) -> dict[str, int]:
-    """Return history that searches by dot product -> largest number of entries."""
-    return {name: history.length for name, history in config.history.items() if history.search == "top"}
+def listings_of(features: FeatureMap) -> list[ListingKey]:
+    """Return the orders of entries that the histories of a model need, each once."""
+    return list(dict.fromkeys(key for read in features.reads.values() if (key := listing_of(read)) is not None))
+
+
+def listing_bytes(features: FeatureMap, entries: int) -> int:
+    """Return the bytes of memory that an entry takes in these orders on the device, at most.
+
+    Args:
+        features: feature map of the model.
+        entries: number of entries on the device.
+    """
+    return len(listings_of(features)) * _place_type(entries).itemsize
 
 
 def refusal(config: JobConfig) -> str | None:
     """Return why a job's histories cannot be searched on a device; None if they can."""
+    if config.stream is None:
+        return None
     for name, codes in config.features.codes.items():
         if codes.history != "none":
-            return f"features.codes.{name}.history = {codes.history!r} needs the entries in the loader"
+            return f"features.codes.{name}.history = {codes.history!r} of a stream needs the entries on the host"
     for name, content in config.features.content.items():
         if content.histories:
-            return f"features.content.{name}.histories = true needs the entries in the loader"
+            return f"features.content.{name}.histories = true of a stream needs the entries on the host"
     return None
 
 
@@ -272,13 +337,32 @@ def _kernel(device: torch.device) -> Callable[..., Tensor]:
     return triton_kernel.top
 
 
-def _found(places: Tensor, sizes: Tensor, ids: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Return the place and the row of each entry that was found, row after row, each ``[entries]`` int64."""
-    lengths, total = sizes.clamp(max=places.shape[1]), len(ids[f"{name}_item"])
-    # With the number of entries from the batch, the host does not wait for the sum of the lengths.
-    row = torch.repeat_interleave(lengths, output_size=total)
+def _place_type(entries: int) -> torch.dtype:
+    """Return the type of places on the device."""
+    return torch.int32 if entries < 1 << 31 else torch.int64
+
+
+def _listing(places: DevicePlaces, key: ListingKey, device: torch.device) -> Tensor:
+    """Return the places of the entries of a listing, on the device."""
+    listing = places.listing(key)
+    out = torch.empty(len(listing), dtype=_place_type(places.entries), device=device)
+    begin = 0
+    for part in listing.places():
+        out[begin : begin + len(part)] = torch.from_numpy(part).to(out.dtype).to(device)
+        begin += len(part)
+    return out
+
+
+def _rows(lengths: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """Return the row of each entry of a batch, and its number among the entries of the row, each ``[entries]`` int64.
+
+    Args:
+        lengths: ``[rows]`` int64, number of entries of each row.
+        entries: their sum, for which the host does not wait.
+    """
+    row = torch.repeat_interleave(lengths, output_size=entries)
     begin = lengths.cumsum(0) - lengths
-    return places[row, torch.arange(total, device=places.device) - begin[row]], row
+    return row, torch.arange(entries, device=lengths.device) - begin[row]
 
 
 def _gap_bucket(age_ms: Tensor) -> Tensor:

@@ -65,12 +65,13 @@ def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "
     beyond, missing = torch.zeros(len(_BEYOND), dtype=torch.int64), MissingTally()
     with Progress(label, loader.rows_total, "rows", quiet=quiet) as progress:
         for batch, copies in one_behind(_copied(engine.predict(iter(loader)))):
-            for name, copy in zip(parts, copies, strict=True):
+            counted = iter(copies[len(parts) :])
+            for name, copy in zip(parts, copies, strict=False):
                 parts[name].append(copy)
-            missing.add(batch.missing)
             beyond += torch.tensor([batch.beyond.get(name, 0) for name in _BEYOND])
             if batch.searched_beyond is not None:
-                beyond[_BEYOND.index("histories")] += batch.searched_beyond.cpu()
+                beyond[_BEYOND.index("histories")] += next(counted)
+            missing.add(batch.missing_with(next(counted, None)))
             progress.advance(batch.rows)
     dist.all_reduce(beyond, group=engine.control)
     if beyond.any() and dist.get_rank(engine.control) == 0:
@@ -80,12 +81,13 @@ def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "
 
 
 def _copied(predictions: Iterator[tuple[RankingBatch, Tensor]]) -> Iterator[tuple[RankingBatch, HostCopy]]:
-    """Yield each batch with copies of the columns of :class:`Predictions`."""
+    """Yield each batch with copies of the columns of :class:`Predictions`, and of what its searches have counted."""
     for batch, logits in predictions:
         # Clones, since the memory of a batch on the host may be used for another one.
         facts = (tensor.clone() for tensor in (batch.user_id, batch.visit_id, batch.request_ms))
         labels = (tensor.clone() for tensor in (batch.label, batch.mask))
-        yield batch, HostCopy([*facts, torch.sigmoid(logits.float()), *labels])
+        counted = (count for count in (batch.searched_beyond, batch.searched_missing) if count is not None)
+        yield batch, HostCopy([*facts, torch.sigmoid(logits.float()), *labels, *counted])
 
 
 def log_missing(label: str, own: MissingTally, control: dist.ProcessGroup) -> None:

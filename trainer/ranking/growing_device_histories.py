@@ -22,7 +22,7 @@ from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.growing_history import GrowingHistories
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.device_entries import CHUNK_ENTRIES, entry_bytes
-from trainer.ranking.device_histories import DeviceSearches, is_wanted, memory_for, searched_lengths, vector_bytes
+from trainer.ranking.device_histories import DeviceSearches, is_wanted, memory_for, vector_bytes
 from trainer.runtime.distributed import World
 from trainer.sparse.exchange import on_stream
 
@@ -36,7 +36,6 @@ class GrowingDeviceHistories(DeviceSearches):
         features: feature map of the model.
         histories: histories of the rank's users.
         space: search vectors.
-        lengths: history that searches by dot product -> largest number of entries.
         device: device of the rank.
         stream: CUDA stream on which batches are copied and searched; None without a GPU.
         limit: largest number of bytes that histories and search vectors may take.
@@ -51,7 +50,6 @@ class GrowingDeviceHistories(DeviceSearches):
         features: FeatureMap,
         histories: GrowingHistories,
         space: SearchSpace,
-        lengths: dict[str, int],
         device: torch.device,
         *,
         stream: torch.cuda.Stream | None,
@@ -59,7 +57,7 @@ class GrowingDeviceHistories(DeviceSearches):
         required: bool,
     ) -> None:
         with on_stream(stream):
-            super().__init__(features, 0, space, lengths, device)
+            super().__init__(features, 0, space, device)
         self.places = GrowingPlaces(histories)
         self._features, self._histories, self._stream = features, histories, stream
         self._limit, self._required = limit, required
@@ -146,7 +144,6 @@ def open_growing_histories(
         features,
         histories,
         space,
-        searched_lengths(config.features),
         world.device,
         stream=engine.copy_stream,
         limit=limit,

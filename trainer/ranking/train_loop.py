@@ -78,9 +78,16 @@ def train(
             write_scalars(scalars, entry)
 
     def record(result: StepResult, step: int, ids: dict[str, IdCounts] | None) -> None:
+        nonlocal first_entry
         values = result.values
         state.predicted(values.user_id, values.logits, values.label, values.mask)
+        missing.add(result.batch.missing_with(values.searched_missing))
         if ids is not None:
+            if first_entry and step < steps_total:
+                # Early, since codes of other rooms or times are a mistake that no other line shows.
+                for message in missing.messages():
+                    logger.info(f"step {step:,}: {message}")
+            first_entry = False
             state.record_entry(step, ids, {}, write)
         progress.advance(result.rows_read, f"step {step}/{steps_total}, loss {values.loss:.4f}")
 
@@ -95,7 +102,6 @@ def train(
             for result in engine.steps(iter(loader), step_request(checkpoints, lambda: preemption.asked)):
                 state.advance(result)
                 set_step(state.step)
-                missing.add(result.batch.missing)
                 if searching is not None:
                     with watchdog.busy("renewing the search vectors"):
                         searching.after_step(state.step)
@@ -103,12 +109,6 @@ def train(
                 # Dynamic tables admit ids of the next step before the values of this one are read.
                 ids = engine.id_counts() if due else None
                 state.when_read(partial(record, result, state.step, ids))
-                if due:
-                    if first_entry and state.step < steps_total:
-                        # Early, since codes of other rooms or times are a mistake that no other line shows.
-                        for message in missing.messages():
-                            logger.info(f"step {state.step:,}: {message}")
-                    first_entry = False
                 _set_learning_rate(engine, config, state)
                 checkpoints.check()
                 # The last step is saved below, with the state marked as finished.

@@ -339,7 +339,8 @@ class _Fitting:
                 yield (part, self._room), HostCopy([find.needed, *weighted])
 
         for (part, room), (needed, *weighted) in one_behind(parts()):
-            if (more := needed.tolist()) > room:
+            (more,) = needed.reshape(1).tolist()
+            if more > room:
                 # Sums are integers, so a chunk may be added later. This time the host waits for the device.
                 weighted = HostCopy(add(part, nearest)).read()
                 self._room = max(self._room, 2 * more)

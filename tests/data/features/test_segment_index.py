@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.features.segment_index import OnAir, SegmentIndex
+from trainer.data.format.history import HistorySlice
 from trainer.data.format.text_schema import SEGMENT_MS
 
 SMALL = st.integers(-1, 3)
 # Starts that touch, overlap and leave gaps; times that are equal and that differ by one.
 START = st.integers(-2, 6).map(lambda step: step * SEGMENT_MS // 2) | st.integers(0, 4 * SEGMENT_MS)
+CHOICES: tuple[OnAir, ...] = ("entry", "longest")
 DELAY = st.sampled_from([0, 1, SEGMENT_MS, SEGMENT_MS + 1, 3 * SEGMENT_MS])
 
 
@@ -122,6 +124,28 @@ def test_segments_that_become_known_later_change_no_answer(
     changed = known + [line for line in later if line.known_ms > as_of_ms]
     whole = known + [line for line in lines if line.known_ms > as_of_ms]
     assert answers(index_of(whole), asked) == answers(index_of(changed), asked) == answers(index_of(known), asked)
+
+
+@given(lines=st.lists(segments(), max_size=12), asked=st.lists(visits(), max_size=6), choice=st.sampled_from(CHOICES))
+def test_changes_are_the_answers_of_every_time(lines: list[Segment], asked: list[Visit], choice: OnAir) -> None:
+    """Also for videos, which never have a segment."""
+    columns = np.array(asked, np.int64).reshape(-1, 5).T
+    _, room, begin_ms, end_ms, from_ms = columns
+    live = room % 2 == 1
+    nothing = np.zeros(len(asked), np.int64)
+    past = HistorySlice(nothing, room, nothing, begin_ms, end_ms - begin_ms, nothing, nothing, live.astype(np.uint8))
+    index = index_of(lines)
+    counts, since_ms, places = index.changes(past, from_ms, choice)
+    stops = counts.cumsum()
+    assert len(since_ms) == len(places) == counts.sum() and not counts[~live].any()
+    for row, stop in enumerate(stops.tolist()):
+        own, found = since_ms[stop - counts[row] : stop], places[stop - counts[row] : stop]
+        assert (np.diff(own) > 0).all() and (own >= from_ms[row]).all() and (np.diff(found) != 0).all()
+        times = {int(from_ms[row]), *(line.known_ms + more for line in lines for more in (-1, 0))}
+        for time in sorted(time for time in times if time >= from_ms[row]):
+            latest = np.searchsorted(own, time, side="right")
+            expected = index.watched(past, np.full(len(asked), time), choice)[row]
+            assert (found[latest - 1] if latest else -1) == expected
 
 
 @pytest.mark.parametrize("count", [0, 1])

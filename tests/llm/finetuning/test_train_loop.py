@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import pairwise
@@ -105,3 +107,50 @@ def test_a_gradient_that_is_not_finite_changes_nothing(base: BaseModelFiles, wit
             assert all(torch.equal(value, before[name]) == broken for name, value in kept.items()), step
         engine.close()
     assert all(value.isfinite().all() for value in kept.values())
+
+
+READ, WRITTEN = "_local_scalar_dense in", "a value to the device in"
+LOSS = {"values of a step": 1}
+DEEPSPEED: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, int]]]] = {
+    # The norm of the gradient decides on the host if the step is made.
+    "zero 3": (
+        {"stage": 3},
+        lambda trained: {
+            f"{WRITTEN} stage3.py:get_grad_norm_direct": 1,
+            f"{READ} utils.py:is_invalid_grad_norm": 1,
+            # Adam's number of steps, which this form has on the host.
+            f"{READ} stage3.py:step_with_gradscaler": 1,
+        },
+    ),
+    # The optimizer is on the host, and needs there what it must know of each parameter's gradient.
+    "offload": (
+        {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        lambda trained: {
+            f"{READ} stage_1_and_2.py:update_offload_overflow_tracker": trained,
+            f"{READ} stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload": trained + 1,
+            f"{WRITTEN} stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload": 1,
+            f"{READ} utils.py:is_invalid_grad_norm": 2,
+            f"{READ} stage_1_and_2.py:_optimizer_step": 1,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEEPSPEED)
+def test_what_deepspeed_reads_on_the_host_in_a_step(base: BaseModelFiles, case: str) -> None:
+    """Under ZeRO 3 and with offload. It also waits for its streams, which a CPU does not have."""
+    zero, expected = DEEPSPEED[case]
+    tokens, waits = Tokens.of(samples(150), base.tokenizer, 64), Waits()
+    options = {"zero_optimization": zero, "gradient_clipping": 1.0, "gradient_accumulation_steps": 2}
+    with World.join("cpu") as world:
+        settings = complete_settings(options, BATCH, 1, LANGUAGE_MODEL)
+        engine = AdapterEngine(adapted(base), OPTIMIZER, settings, device=world.device)
+        for step in range(STEPS):
+            parts, weight = batches(tokens, step, 0, 1), float(answers_of(tokens, step).sum())
+            waits.calls.clear()
+            with waits:
+                engine.backward(parts, weight)
+                engine.step()
+        trained = len(engine.adapter())
+        engine.close()
+    assert trained > 1 and Counter(waits.calls) == LOSS | expected(trained)

@@ -24,7 +24,7 @@ from trainer.console.errors import UserError
 from trainer.data.features.code_sets import CodeSet
 from trainer.data.features.fitted_codes import FittedCodes, identity_of
 from trainer.data.features.missing_inputs import CODE, MissingCounts
-from trainer.data.features.segment_index import SegmentIndex
+from trainer.data.features.segment_index import SegmentChanges, SegmentIndex
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS, Rows
 from trainer.data.format.segment_codes import CodeFile, read_code_header
@@ -49,6 +49,15 @@ class CodeReader(Protocol):
             visits: entries of histories.
             as_of_ms: time of each entry's row, one for each entry.
         """
+
+    def entry_changes(self, visits: HistorySlice, from_ms: np.ndarray) -> SegmentChanges:
+        """Return what was on air in each past visit, for every time from ``from_ms`` on, ``[visits]`` int64.
+
+        The row of a place in each table is in :meth:`rows_of_places`.
+        """
+
+    def rows_of_places(self) -> Sequence[np.ndarray]:
+        """Return the row of each place in each table, ``[places + 1]`` int32; the last one stands for no segment."""
 
 
 class CodeFileReader:
@@ -98,6 +107,14 @@ class CodeFileReader:
         """Return the rows of what was on air in each past visit; see :class:`CodeReader`."""
         places = self._index.watched(visits, as_of_ms, self._choice)
         return [rows[places] for rows in self._rows]
+
+    def entry_changes(self, visits: HistorySlice, from_ms: np.ndarray) -> SegmentChanges:
+        """Return what was on air in each past visit, for every time; see :class:`CodeReader`."""
+        return self._index.changes(visits, from_ms, self._choice)
+
+    def rows_of_places(self) -> Sequence[np.ndarray]:
+        """Return the row of each place in each table; see :class:`CodeReader`."""
+        return self._rows
 
 
 class StoredRuns(Protocol):
@@ -176,6 +193,14 @@ class CodeStoreReader:
         """Return the rows of what was on air in each past visit; see :class:`CodeReader`."""
         return self._file.entry_rows(visits, as_of_ms)
 
+    def entry_changes(self, visits: HistorySlice, from_ms: np.ndarray) -> SegmentChanges:
+        """Return what was on air in each past visit, for every time; see :class:`CodeReader`."""
+        return self._file.entry_changes(visits, from_ms)
+
+    def rows_of_places(self) -> Sequence[np.ndarray]:
+        """Return the row of each place in each table; see :class:`CodeReader`."""
+        return self._file.rows_of_places()
+
 
 class CodeInputs:
     """Inputs of a model from its code sets: tables, lookups, and the ids of a batch.
@@ -238,6 +263,10 @@ class CodeInputs:
             counts[f"{CODE}{code_set.name}"] = MissingCounts(missing, len(as_of_ms), entries, all_entries)
         return counts
 
+    def of_histories(self) -> list[tuple[CodeSet, CodeReader]]:
+        """Return the code sets that entries of histories have, with their codes."""
+        return [(code_set, self._readers[code_set.name]) for code_set in self.sets if code_set.in_histories]
+
     def same_code(self, rows: Rows, visits: HistorySlice) -> dict[str, np.ndarray]:
         """Return for each code set of histories which visits had the candidate's code of the first level.
 
@@ -249,12 +278,11 @@ class CodeInputs:
             Code set -> ``[entries]`` bool; False without a code.
         """
         found = {}
-        for code_set in self.sets:
-            if code_set.in_histories:
-                reader, as_of_ms = self._readers[code_set.name], rows["request_ms"]
-                own = reader.candidate_rows(rows["author_id"], as_of_ms)[0]
-                past = reader.entry_rows(visits, np.repeat(as_of_ms, len(visits.item_id)))[0]
-                found[code_set.name] = (past == own) & (past > 0)
+        for code_set, reader in self.of_histories():
+            as_of_ms = rows["request_ms"]
+            own = reader.candidate_rows(rows["author_id"], as_of_ms)[0]
+            past = reader.entry_rows(visits, np.repeat(as_of_ms, len(visits.item_id)))[0]
+            found[code_set.name] = (past == own) & (past > 0)
         return found
 
 

@@ -17,7 +17,7 @@ from trainer.data.features.author_means import AuthorMeans
 from trainer.data.features.content_tables import TableFacts, check_tables, open_segments, open_tables
 from trainer.data.features.missing_inputs import MissingCounts
 from trainer.data.features.packed_batch import ContentLayout
-from trainer.data.features.segment_index import NO_SEGMENT, SegmentIndex
+from trainer.data.features.segment_index import NO_SEGMENT, SegmentChanges, SegmentIndex
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS, Rows
@@ -41,6 +41,11 @@ class FoundVectors:
     keys: np.ndarray
     places: list[np.ndarray]
     never: int = 0
+
+    @property
+    def candidate_keys(self) -> np.ndarray:
+        """Key of each candidate's vector, ``[rows]`` int64; -1 without one."""
+        return np.append(self.keys, -1)[self.places[0]]
 
     @property
     def missing(self) -> MissingCounts:
@@ -68,6 +73,15 @@ class OwnerVectors:
     def keys(self, rows: Rows, visits: Sequence[HistorySlice], as_of_ms: np.ndarray) -> list[np.ndarray]:
         """Return the owner of each candidate, and of the entries of each history, ``[ids]`` int64."""
         return [rows[f"{self._owner}_id"], *(getattr(entries, f"{self._owner}_id") for entries in visits)]
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """All vectors of the table, ``[rows, width]``."""
+        return self._table.vectors
+
+    def entry_rows(self, visits: HistorySlice) -> np.ndarray:
+        """Return the row of each entry's vector in the table, ``[entries]`` int64; -1 without a vector."""
+        return self._table.lookup(getattr(visits, f"{self._owner}_id"))
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
         """Return the row of each distinct key in the table, ``[distinct]`` int64; -1 without a vector."""
@@ -117,6 +131,15 @@ class SegmentReadings:
         watched = [self._index.watched(past, np.repeat(as_of_ms, past.lengths), choice) for past in visits]
         return [candidates, *watched]
 
+    @property
+    def vectors(self) -> np.ndarray:
+        """All vectors of the table, ``[rows, width]``."""
+        return self._table.vectors
+
+    def entry_changes(self, visits: HistorySlice, from_ms: np.ndarray) -> SegmentChanges:
+        """Return the rows of the entries' vectors in the table for every time; see ``SegmentIndex.changes``."""
+        return self._index.changes(visits, from_ms, self._content.on_air)
+
     def rows(self, keys: np.ndarray) -> np.ndarray:
         """Return the keys themselves, which are rows of the table or means."""
         return keys
@@ -154,6 +177,7 @@ class ContentReader:
         segments: Mapping[str, DatasetSegments],
     ) -> None:
         self._with_histories = [content.histories for content in config.values()]
+        self._names = list(config)
         self._readers: list[OwnerVectors | SegmentReadings] = [
             SegmentReadings(tables[name], segments[name], content)
             if content.of == "segment"
@@ -172,6 +196,11 @@ class ContentReader:
         for reader in self._readers:
             if isinstance(reader, SegmentReadings):
                 reader.prepare()
+
+    def of_histories(self) -> dict[str, OwnerVectors | SegmentReadings]:
+        """Return the reader of each table that entries of histories have vectors of."""
+        readers = zip(self._names, self._readers, self._with_histories, strict=True)
+        return {name: reader for name, reader, with_histories in readers if with_histories}
 
     def find(self, rows: Rows, visits: Mapping[str, HistorySlice], as_of_ms: np.ndarray) -> list[FoundVectors]:
         """Find the distinct vectors of each table.

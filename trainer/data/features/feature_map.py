@@ -16,14 +16,21 @@ import torch
 from modules.embeddings import Lookup, Table, group_lookups
 from trainer.config.features import FeatureConfig
 from trainer.data.features.code_inputs import CodeInputs, CodeReader
-from trainer.data.features.content_inputs import ContentReader, FoundVectors, content_layouts, content_lookups
+from trainer.data.features.content_inputs import (
+    ContentReader,
+    FoundVectors,
+    OwnerVectors,
+    SegmentReadings,
+    content_layouts,
+    content_lookups,
+)
 from trainer.data.features.dataset_checks import check_layout, check_names
 from trainer.data.features.dense_inputs import DenseInputs
 from trainer.data.features.fit import ID_TABLES, FittedFeatures
 from trainer.data.features.history_sequences import HistoryReader, Searched, Space
 from trainer.data.features.id_map import IdMap
 from trainer.data.features.missing_inputs import VECTOR
-from trainer.data.features.packed_batch import BatchLayout, PackedBatch
+from trainer.data.features.packed_batch import BatchLayout, ContentLayout, PackedBatch
 from trainer.data.features.packed_side import PackedSide
 from trainer.data.format.history import Histories, HistorySlice
 from trainer.data.format.schema import DatasetSpec, Rows
@@ -88,6 +95,7 @@ class FeatureMap:
         codes: inputs from codes of segments.
         content_lookups: one for each table of pre-trained vectors, and ``H_NAME`` for each history H that has them.
         sequences: the histories.
+        reads: name of each history -> its settings.
         behaviours: behaviours in the columns of ``label`` and ``mask``.
         label_columns: positions of these behaviours in the dataset.
         base_rates: rates of the behaviours in the training range, ``[behaviours]`` float64.
@@ -130,6 +138,7 @@ class FeatureMap:
             if not (name == "user" and "user_id" in config.exclude)
         }
         self._sequences = HistoryReader(spec, config, self._ids)
+        self.reads = self._sequences.reads
         self.context_ids = self._side.context_ids
         self.direct, self.dynamic = (
             tuple(name for name in ("item", "author") if self._ids[name].mapping == mapping)
@@ -199,7 +208,7 @@ class FeatureMap:
             rows: n canonical rows.
             histories: histories of the dataset.
             as_of_ms: ``[n]`` int64; histories show visits known before this time, and their ages count from it.
-            space: what is searched by dot product. The ids of histories whose search is left to a device are zeros.
+            space: input of the searches. The ids of histories whose search is left to a device are zeros.
 
         Raises:
             UserError: codes cannot be read, a direct id is negative, a side value is outside the range of its feature,
@@ -218,11 +227,19 @@ class FeatureMap:
             ids.update({key: next(places) for key in keys})
             np.concatenate([lengths[key] for key in keys], out=next(places))
         found = self._find_vectors(rows, slices, as_of_ms)
-        for of_table in found:
+        for table, of_table in zip(self.layout.content, found, strict=True):
             for of_lookup in of_table.places:
                 next(places)[:] = of_lookup
+            for _ in table.entries if left else ():
+                next(places)[:] = -1
         if left:
-            for of_rows in (as_of_ms, *(end for run in left.values() for end in (run.first, run.stop))):
+            ends = (end for run in left.values() for end in (run.first, run.stop))
+            of_candidates = (
+                of_table.candidate_keys
+                for table, of_table in zip(self.layout.content, found, strict=True)
+                if table.entries
+            )
+            for of_rows in (as_of_ms, *ends, *of_candidates):
                 next(places)[:] = of_rows
         for key in (key for key, history in self._of_history.items() if history in left and key in ids):
             ids[key][:] = 0
@@ -266,6 +283,11 @@ class FeatureMap:
             vector_counts=counts,
             longest=longest,
         )
+
+    def vectors_of_histories(self) -> list[tuple[ContentLayout, OwnerVectors | SegmentReadings]]:
+        """Return the layout and the reader of each table of vectors that entries of histories have."""
+        readers = {} if self._content is None else self._content.of_histories()
+        return [(table, readers[table.name]) for table in self.layout.content if table.name in readers]
 
     def entry_rows(self, visits: HistorySlice) -> EntryRows:
         """Return the ids of entries of any histories in the tables.

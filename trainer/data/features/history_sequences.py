@@ -7,7 +7,6 @@ or, if a table is not mapped directly, the rows of these ids, which are computed
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from modules.search.search import SearchPart, SearchResult, SearchVectors
 from trainer.config.features import FeatureConfig
 from trainer.data.features.device_places import DevicePlaces, DeviceRun
 from trainer.data.features.growing_places import GrowingPlaces
+from trainer.data.features.history_reads import history_reads
 from trainer.data.features.id_map import IdMap
 from trainer.data.format.history import Histories, HistorySlice
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows
@@ -24,23 +24,7 @@ Space = Mapping[str, np.ndarray]
 """Table -> search vectors of its rows, see ``modules.search.search.SearchVectors.values``."""
 
 Searched = Space | DevicePlaces | GrowingPlaces
-"""Input of a search by dot product: vectors, or the places of the entries on a device that makes the search."""
-
-
-class _HistoryRead(NamedTuple):
-    """Settings of one history.
-
-    Attributes:
-        search: ``latest``, ``top`` or ``author``.
-        domain: code of the domain; None for both.
-        length: largest number of entries.
-        require: bits of the behaviours of which an entry must have one; 0 accepts all entries.
-    """
-
-    search: str
-    domain: int | None
-    length: int
-    require: int
+"""Input of searches: vectors for those by dot product, or the places of the entries on a device that makes searches."""
 
 
 class HistoryReader:
@@ -50,18 +34,13 @@ class HistoryReader:
         spec: description of the dataset.
         config: the ``[features]`` section of the job.
         ids: table -> map from its ids to rows.
+
+    Attributes:
+        reads: name of each history -> its settings.
     """
 
     def __init__(self, spec: DatasetSpec, config: FeatureConfig, ids: Mapping[str, IdMap]) -> None:
-        self._reads = {
-            name: _HistoryRead(
-                history.search,
-                None if history.domain == "both" else DOMAINS.index(history.domain),
-                history.length,
-                sum(1 << spec.behaviours.index(behaviour) for behaviour in history.require),
-            )
-            for name, history in config.history.items()
-        }
+        self.reads = history_reads(spec, config)
         self._tables, self._ids = config.search.tables if config.needs_space else (), ids
         self._columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -92,13 +71,15 @@ class HistoryReader:
         self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Searched | None
     ) -> tuple[dict[str, HistorySlice], dict[str, DeviceRun]]:
         """Return what :meth:`read` returns, and the runs of each history that is left to a device."""
+        if isinstance(space, DevicePlaces):
+            return {}, self._leave(rows, histories, as_of_ms, space)
         slices: dict[str, HistorySlice] = {}
         left: dict[str, DeviceRun] = {}
         # All histories that need the runs share one lookup of them.
         first = stop = np.empty((0, len(DOMAINS)), np.int64)
-        if any(read.search != "latest" or read.domain is None for read in self._reads.values()):
+        if any(read.search != "latest" or read.domain is None for read in self.reads.values()):
             first, stop = histories.runs(rows["user_id"], as_of_ms)
-        for name, (search, domain, length, require) in self._reads.items():
+        for name, (search, domain, length, require) in self.reads.items():
             if domain is None:
                 columns = (histories.column("ordinal"), histories.column("bits"))
                 found = gsu.latest_of_all(first, stop, length, *columns, require)
@@ -114,9 +95,6 @@ class HistoryReader:
                 )
                 continue
             runs = first[:, domain].copy(), stop[:, domain].copy()
-            if search == "top" and isinstance(space, DevicePlaces):
-                left[name] = space.left(rows["user_id"], *runs, length)
-                continue
             if search == "top" and isinstance(space, GrowingPlaces):
                 left[name] = space.left(*runs, length)
                 continue
@@ -127,6 +105,17 @@ class HistoryReader:
                 found = self._top(*runs, length, rows, histories, space)
             slices[name] = histories.take(*found, np.full(len(found.at), domain, np.uint8))
         return slices, left
+
+    def _leave(
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, places: DevicePlaces
+    ) -> dict[str, DeviceRun]:
+        """Return the runs of each history on the device that reads them."""
+        first, stop = histories.runs(rows["user_id"], as_of_ms)
+        left = {}
+        for name, read in self.reads.items():
+            runs = (first, stop) if read.domain is None else (first[:, read.domain], stop[:, read.domain])
+            left[name] = places.left(rows, *runs, read)
+        return left
 
     def _top(
         self, first: np.ndarray, stop: np.ndarray, length: int, rows: Rows, histories: Histories, space: Space

@@ -60,7 +60,7 @@ class BatchLayout:
         Args:
             rows: number of rows.
             ids_per_key: lookup name -> number of ids.
-            left: number of histories whose search is left to the device.
+            left: number of histories that are left to the device.
         """
         sizes: list[int] = []
         for keys in self.keys:
@@ -68,8 +68,12 @@ class BatchLayout:
             sizes.append(len(keys) * rows)
         for table in self.content:
             sizes += [rows, *(ids_per_key[key] for key in table.entries.values())]
-        columns = left_columns(left) + 3 + self.pairs
+        columns = self.left_columns(left) + 3 + self.pairs
         return [*sizes, *([rows] * columns)]
+
+    def left_columns(self, left: int) -> int:
+        """Return the number of :attr:`LeftSearches.columns` of some histories."""
+        return 1 + 2 * left + sum(bool(table.entries) for table in self.content) if left else 0
 
     def float_sizes(self, rows: int) -> list[int]:
         """Return the lengths of the parts of :attr:`PackedBatch.floats`, in order."""
@@ -89,8 +93,9 @@ class LeftSearches(NamedTuple):
     """Searches of a batch that are left to its device: until they are made, the ids of these histories are zeros.
 
     Attributes:
-        columns: ``[1 + 2 * histories, rows]`` int64: the time as of which histories are read, in milliseconds; then for
-            each history the first place of each row's run on the device, and the place after the last one.
+        columns: ``[1 + 2 * histories + tables, rows]`` int64: the time as of which histories are read, in milliseconds;
+            then for each history the first place of each row's run on the device, and the place after the last one;
+            then for each table of pre-trained vectors that histories have the key of each candidate's vector.
         longest: name of the history -> number of entries of its longest run, in the order of the columns.
         version: version of the search vectors.
     """
@@ -109,10 +114,9 @@ class LeftSearches(NamedTuple):
         place = 1 + 2 * list(self.longest).index(name)
         return self.columns[place], self.columns[place + 1]
 
-
-def left_columns(left: int) -> int:
-    """Return the number of :attr:`LeftSearches.columns` of some histories."""
-    return 1 + 2 * left if left else 0
+    def keys(self, place: int) -> Tensor:
+        """Return the keys of the candidates' vectors, ``[rows]``, of a table by its number among those of histories."""
+        return self.columns[1 + 2 * len(self.longest) + place]
 
 
 class PackedIds(NamedTuple):
@@ -211,7 +215,7 @@ class PackedBatch:
         """Return the searches that are left to the device; None if there are none."""
         if not self.longest:
             return None
-        columns = left_columns(len(self.longest))
+        columns = layout.left_columns(len(self.longest))
         end = len(self.integers) - (3 + layout.pairs) * self.rows
         view = self.integers[end - columns * self.rows : end].view(columns, self.rows)
         return LeftSearches(view, self.longest, self.version)

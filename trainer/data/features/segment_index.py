@@ -6,7 +6,7 @@ removing a segment that becomes known later changes no answer.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -16,11 +16,27 @@ from trainer.data.format.schema import DOMAINS
 from trainer.data.format.text_schema import SEGMENT_MS
 
 NO_SEGMENT = -1
+_NEVER = (1 << 63) - 1
+"""Time after all others."""
 
 _LIVE = DOMAINS.index("live")
 
 OnAir = Literal["entry", "longest"]
 """Choice among the segments of a visit: the one on air when it began, or the one that was watched longest."""
+
+
+class SegmentChanges(NamedTuple):
+    """Segments that were on air in n visits, for every time from which they are asked for.
+
+    Attributes:
+        counts: ``[n]`` int64, number of changes of each visit; 0 if it never has a segment.
+        since_ms: ``[counts.sum()]`` int64, time from which a change holds, rising for each visit.
+        places: ``[counts.sum()]`` int64, place of the segment from then on. Before the first change there is none.
+    """
+
+    counts: np.ndarray
+    since_ms: np.ndarray
+    places: np.ndarray
 
 
 class SegmentIndex:
@@ -126,10 +142,43 @@ class SegmentIndex:
         """
         places = np.full(len(visits.item_id), NO_SEGMENT)
         live = np.flatnonzero(visits.domain == _LIVE)
-        begin_ms = visits.request_ms[live]
-        end_ms = begin_ms + np.maximum(visits.play_ms[live], 1)
+        begin_ms, end_ms = _watched_ms(visits, live)
         places[live] = self.on_air(visits.item_id[live], begin_ms, end_ms, as_of_ms[live], choice)
         return places
+
+    def changes(self, visits: HistorySlice, from_ms: np.ndarray, choice: OnAir) -> SegmentChanges:
+        """Return what :meth:`watched` answers for each past visit, at every time from one on.
+
+        Args:
+            visits: n visits.
+            from_ms: ``[n]`` int64, first time that is asked for.
+            choice: as in :meth:`on_air`.
+        """
+        live = np.flatnonzero(visits.domain == _LIVE)
+        asked = (
+            self._rooms,
+            self._room_bounds,
+            self._starts,
+            self._known_in_room,
+            _whole(visits.item_id[live]),
+            *_watched_ms(visits, live),
+            _whole(from_ms[live]),
+            choice == "longest",
+            SEGMENT_MS,
+        )
+        of_live, nothing = np.zeros(len(live), np.int64), np.empty(0, np.int64)
+        _changes(*asked, of_live, nothing, nothing, False)
+        since_ms, places = (np.empty(of_live.sum(), np.int64) for _ in range(2))
+        _changes(*asked, of_live, since_ms, places, True)
+        counts = np.zeros(len(visits.item_id), np.int64)
+        counts[live] = of_live
+        return SegmentChanges(counts, since_ms, self._in_room[places])
+
+
+def _watched_ms(visits: HistorySlice, live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return begin and end of some visits, ``[live]`` int64."""
+    begin_ms = _whole(visits.request_ms[live])
+    return begin_ms, begin_ms + np.maximum(visits.play_ms[live], 1)
 
 
 def _whole(values: np.ndarray) -> np.ndarray:
@@ -175,6 +224,48 @@ def _spans(
 
 
 @compiled(nogil=True)
+def _first_on_air(
+    rooms: np.ndarray, bounds: np.ndarray, starts: np.ndarray, room: int, begin_ms: int, length: int
+) -> tuple[int, int]:
+    """Return the places ``[place, end)`` of a room's segments that end after a visit has begun, in order of starts."""
+    run = _first_not_below(rooms, 0, len(rooms), room)
+    if run == len(rooms) or rooms[run] != room:
+        return 0, 0
+    # Segments that start earlier have ended before the visit.
+    return _first_not_below(starts, bounds[run], bounds[run + 1], begin_ms - length + 1), bounds[run + 1]
+
+
+@compiled(nogil=True)
+def _chosen(
+    starts: np.ndarray,
+    known_ms: np.ndarray,
+    place: int,
+    end: int,
+    begin_ms: int,
+    end_ms: int,
+    as_of_ms: int,
+    longest: bool,
+    length: int,
+) -> tuple[int, int]:
+    """Return the place of a visit's segment as of a time, -1 without one; and the next time at which one gets known."""
+    chosen, most, later = -1, 0, _NEVER
+    while place < end:
+        if (starts[place] >= end_ms) if longest else (starts[place] > begin_ms):
+            break
+        if known_ms[place] > as_of_ms:
+            later = min(later, known_ms[place])
+        elif longest:
+            overlap = min(starts[place] + length, end_ms) - max(starts[place], begin_ms)
+            if overlap > most:
+                most = overlap
+                chosen = place
+        else:
+            chosen = place
+        place += 1
+    return chosen, later
+
+
+@compiled(nogil=True)
 def _on_air(
     rooms: np.ndarray,
     bounds: np.ndarray,
@@ -190,24 +281,45 @@ def _on_air(
 ) -> None:
     """Write the place of each visit's segment among the segments sorted by room and start; -1 without one."""
     for row in range(len(wanted)):
-        places[row] = -1
-        run = _first_not_below(rooms, 0, len(rooms), wanted[row])
-        if run == len(rooms) or rooms[run] != wanted[row]:
-            continue
-        # Segments that start earlier have ended before the visit.
-        place = _first_not_below(starts, bounds[run], bounds[run + 1], begin_ms[row] - length + 1)
-        most = 0
-        while place < bounds[run + 1]:
-            if longest:
-                if starts[place] >= end_ms[row]:
-                    break
-                overlap = min(starts[place] + length, end_ms[row]) - max(starts[place], begin_ms[row])
-                if overlap > most and known_ms[place] <= as_of_ms[row]:
-                    most = overlap
-                    places[row] = place
-            else:
-                if starts[place] > begin_ms[row]:
-                    break
-                if known_ms[place] <= as_of_ms[row]:
-                    places[row] = place
-            place += 1
+        place, end = _first_on_air(rooms, bounds, starts, wanted[row], begin_ms[row], length)
+        places[row], _ = _chosen(
+            starts, known_ms, place, end, begin_ms[row], end_ms[row], as_of_ms[row], longest, length
+        )
+
+
+@compiled(nogil=True)
+def _changes(
+    rooms: np.ndarray,
+    bounds: np.ndarray,
+    starts: np.ndarray,
+    known_ms: np.ndarray,
+    wanted: np.ndarray,
+    begin_ms: np.ndarray,
+    end_ms: np.ndarray,
+    from_ms: np.ndarray,
+    longest: bool,
+    length: int,
+    counts: np.ndarray,
+    since_ms: np.ndarray,
+    places: np.ndarray,
+    write: bool,
+) -> None:
+    """Count the changes of each visit's segment; with ``write``, write them, visit after visit."""
+    at = 0
+    for row in range(len(wanted)):
+        place, end = _first_on_air(rooms, bounds, starts, wanted[row], begin_ms[row], length)
+        since, latest, count = from_ms[row], -1, 0
+        while True:
+            chosen, later = _chosen(starts, known_ms, place, end, begin_ms[row], end_ms[row], since, longest, length)
+            if chosen != latest:
+                if write:
+                    since_ms[at] = since
+                    places[at] = chosen
+                latest = chosen
+                count += 1
+                at += 1
+            # Known segments stay known, so the times at which others get known are all that can change the answer.
+            if later == _NEVER:
+                break
+            since = later
+        counts[row] = count

@@ -143,7 +143,7 @@ class Histories:
             # From here on first and stop are positions among the matching entries only.
             matching = self._matching(require)
             stop = _search(matching, stop)
-            first = _bisect(matching, np.maximum(stop - length, 0), stop, first)
+            first = bisect_runs(matching, np.maximum(stop - length, 0), stop, first)
         first = np.maximum(first, stop - length)
         lengths = stop - first
         ends = np.cumsum(lengths)
@@ -224,7 +224,7 @@ class Histories:
             known = sum(self._known_until(b, e, d, as_of_ms[long]) - b[:, d] for d in range(len(DOMAINS)))
             ordinal = self._entries["ordinal"]
             for place in range(len(domains)):
-                first[long, place] = _bisect(ordinal, first[long, place], stop[long, place], known - HISTORY_LIMIT)
+                first[long, place] = bisect_runs(ordinal, first[long, place], stop[long, place], known - HISTORY_LIMIT)
         return first, stop
 
     def _runs(self, user_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -238,7 +238,7 @@ class Histories:
 
     def _known_until(self, begin: np.ndarray, end: np.ndarray, domain: int, as_of_ms: np.ndarray) -> np.ndarray:
         """Return the end of the entries of one domain that were known before a time, ``[n]``."""
-        return _bisect(self._entries["known_ms"], begin[:, domain], end[:, domain], as_of_ms)
+        return bisect_runs(self._entries["known_ms"], begin[:, domain], end[:, domain], as_of_ms)
 
     def _matching(self, require: int) -> np.ndarray:
         """Return the positions of all entries that have one of the bits ``require``; computed once for each value."""
@@ -440,16 +440,20 @@ def _map_column(folder: Path, name: str) -> np.ndarray:
         raise UserError(f"{folder / name}.npy is missing; restore the dataset, or make it again") from None
 
 
-def _bisect(column: np.ndarray, first: np.ndarray, stop: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Return the first position in each run ``[first, stop)`` whose value is not below ``value``, ``[n]``.
+def bisect_runs(
+    column: np.ndarray, first: np.ndarray, stop: np.ndarray, value: np.ndarray, *, after: bool = False
+) -> np.ndarray:
+    """Return the first position in each run ``[first, stop)`` whose value is not below ``value``, ``[n]`` int64.
 
-    The column is sorted within each run; all n binary searches advance together.
+    The column is sorted within each run; all n binary searches advance together. With ``after``, the position is the
+    first one whose value is above ``value``.
     """
     low, high = first.copy(), stop.copy()
     for _ in range(int((stop - first).max(initial=0)).bit_length()):
         middle = (low + high) >> 1
         # In a finished search low == high, and the value read may lie outside the run or behind the column's end.
-        below = (np.take(column, middle, mode="clip") < value) & (low < high)
+        there = np.take(column, middle, mode="clip")
+        below = (there <= value if after else there < value) & (low < high)
         low = np.where(below, middle + 1, low)
         high = np.where(below, high, middle)
     return low

@@ -12,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from modules.content import BatchVectors
 from trainer.data.features.missing_inputs import MissingCounts
 from trainer.data.features.packed_batch import BatchLayout, LeftSearches, PackedBatch
+from trainer.data.loading.late_vectors import LateVectors
 
 ReadPosition = dict[int, list[int]]
 """Partition -> ``[epoch, window, offset]``: the rows consumed so far. The keys are the partitions of one rank; the
@@ -46,6 +47,10 @@ class RankingBatch:
         left: searches that the batch's device must make before the ids are complete; None if none are left.
         searched_beyond: scalar int64 on the device, number of direct ids beyond their tables among the entries that
             these searches found; None if it is 0 in every batch.
+        late: table of pre-trained vectors -> its vectors, whose number the device counts; :meth:`finished` reads them.
+            Those in ``content`` are the candidates' until then.
+        searched_missing: ``[inputs, 2]`` int64 on the device, for each input of ``missing`` the number of these entries
+            without a value, and of all of them; None if no input has entries.
     """
 
     ids: list[KeyedJaggedTensor]
@@ -67,6 +72,25 @@ class RankingBatch:
     content: dict[str, BatchVectors] = field(default_factory=dict)
     left: LeftSearches | None = None
     searched_beyond: Tensor | None = None
+    searched_missing: Tensor | None = None
+    late: dict[str, LateVectors] = field(default_factory=dict)
+
+    def finished(self) -> RankingBatch:
+        """Return the batch with all vectors; on a GPU this waits for the searches of a batch with ``late`` vectors."""
+        if not self.late:
+            return self
+        return replace(self, content=self.content | {name: late.read() for name, late in self.late.items()}, late={})
+
+    def missing_with(self, searched: Tensor | None) -> dict[str, MissingCounts]:
+        """Return :attr:`missing` with the entries that the device has found.
+
+        Args:
+            searched: copy of :attr:`searched_missing` on the host.
+        """
+        if searched is None:
+            return self.missing
+        found = (MissingCounts(0, 0, *of_input) for of_input in searched.tolist())
+        return {name: own + more for (name, own), more in zip(self.missing.items(), found, strict=True)}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the attributes that are tensors, by name."""
@@ -105,6 +129,9 @@ class RankingBatch:
                 tensor.record_stream(stream)
         if self.left is not None:
             self.left.columns.record_stream(stream)
+        for late in self.late.values():
+            for tensor in late.tensors():
+                tensor.record_stream(stream)
 
 
 def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> RankingBatch:
@@ -121,9 +148,10 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> 
         )
         for group in packed.ids(layout)
     ]
+    columns: dict[str, Any] = {**packed.columns(layout)}
     return RankingBatch(
         ids=ids,
-        **packed.columns(layout),
+        **columns,
         rows=packed.rows,
         position=position,
         skipped_rows=packed.skipped_rows,
