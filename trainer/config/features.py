@@ -181,8 +181,8 @@ class SearchConfig(BaseModel):
     device: Literal["cpu", "device", "auto"] = Field(
         "cpu",
         description="Where training, and the evaluation after it, make the searches of all histories (of a stream, "
-        "those by dot product only), if one of them searches by dot product. `cpu`: in the loader's processes. `device`: "
-        "on the device of `train.device`, whose memory then holds the histories of the rank's users and the "
+        "those by dot product only), if one of them searches by dot product. `cpu`: in the loader's processes. "
+        "`device`: on the device of `train.device`, whose memory then holds the histories of the rank's users and the "
         "search vectors; on a CPU with PyTorch's operations, which only tests need. `auto`: on a GPU if the job "
         "allows it and half of the free memory is enough, else `cpu`. All find the same visits.",
         json_schema_extra=MAY_CHANGE,
