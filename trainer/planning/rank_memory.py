@@ -70,7 +70,7 @@ def searched_histories(model: RankerModel, config: JobConfig, spec: DatasetSpec,
 
 
 def orders_of_histories(model: RankerModel, config: JobConfig, spec: DatasetSpec, cluster: Cluster) -> int:
-    """Return the bytes of host memory of a rank that order the visits of a dataset whose histories a device searches."""
+    """Return the bytes of host memory of a rank that order the visits which its device searches."""
     if config.stream is not None:
         return 0
     return _visits(spec, cluster) * sum(key.host_bytes for key in listings_of(model.features))
