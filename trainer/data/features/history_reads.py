@@ -1,4 +1,4 @@
-"""What a job declares of each history, in the codes and bits of its dataset."""
+"""Settings of the histories that a job declares, in the codes and bits of its dataset."""
 
 from __future__ import annotations
 
