@@ -1,7 +1,10 @@
 """Change one setting of the default ranker's recipe at a time, and measure what it adds in a simulated world.
 
-    limelight data simulate data/recipe --users 3000 --days 10 --partitions 8 --seed 1 --segment-vectors
-    python -m benchmarks.quality.recipe --data data/recipe --work runs/recipe --out benchmarks/results/recipe.json
+    world="--users 3000 --days 10 --partitions 8 --seed 1 --segment-vectors"
+    limelight data simulate data/recipe $world
+    limelight data simulate data/recipe-videos $world --video-rows
+    python -m benchmarks.quality.recipe --data data/recipe --videos data/recipe-videos --work runs/recipe \
+        --out benchmarks/results/recipe.json
 
 Each recipe is ``configs/simulated.toml`` with a few changes, and is compared with another recipe that lacks one of
 them. Recipes are chosen on the *tuning* days, the two days before the last two; the training ends where they begin. The
@@ -12,6 +15,9 @@ Values are means over the seeds of the ranker, with 95 % intervals (Student's t)
 intervals over users (paired bootstrap, the mean over the seeds inside each draw). Rows a second are by processor time
 of the training. On the held-out days, the share of the gap is 0 for logistic regression and 1 for the attainable bound
 of ``benchmarks/quality/attainable_bound.py``.
+
+Recipes with rows of videos are trained on another dataset of the same world (``--videos``), and evaluated on the same
+rows of rooms; without it they are left out.
 
 Each training is kept under ``--work`` and is not repeated, so the same command continues a benchmark that was stopped.
 One with other settings or another dataset is trained again. ``--days``, ``--recipes`` and ``--seeds`` choose a part;
@@ -71,6 +77,9 @@ _AUTHORS = (
     "features.history.author_live={domain='live', search='author', length=10}",
 )
 _TAG = 'features.past.tag={same="tag"}'
+LIVE_ONLY = 'data.eval_domains=["live"]'
+"""Setting of the recipes with rows of videos."""
+
 RECIPES: dict[str, Recipe] = {
     DEFAULT: Recipe("", ()),
     LOGISTIC: Recipe(DEFAULT, ('model.kind="logistic"',)),
@@ -114,8 +123,14 @@ FINAL = (DEFAULT, LOGISTIC, FIRST, CHOSEN)
 """Recipes of the held-out days."""
 
 
-def job_of(recipe: str, days: str, seed: int, data: str, overrides: Sequence[str] = ()) -> JobConfig:
-    """Return the job of a training."""
+def reads_videos(recipe: str) -> bool:
+    """True if a recipe is trained on the rows of videos, too."""
+    return LIVE_ONLY in settings_of(RECIPES, recipe)
+
+
+def job_of(recipe: str, days: str, seed: int, data: str, overrides: Sequence[str] = (), videos: str = "") -> JobConfig:
+    """Return the job of a training; ``videos`` is the dataset with rows of videos, if there is one."""
+    data = videos or data if reads_videos(recipe) else data
     own = (f"data.path={data}", f"run.seed={seed}", *COMMON, *DAYS[days], *overrides)
     settings = [setting.replace("DATA/", f"{data}/") for setting in settings_of(RECIPES, recipe)]
     return load_config(JOB, [*settings, *own])
@@ -125,8 +140,9 @@ def train_missing(options: argparse.Namespace, world: World) -> None:
     """Train what is missing in ``options.work``, seed by seed."""
     for days in options.days:
         recipes = [name for name in options.recipes if days == TUNING or name in FINAL]
+        recipes = [name for name in recipes if options.videos or not reads_videos(name)]
         for seed, recipe in ((seed, recipe) for seed in options.seeds for recipe in recipes):
-            job = job_of(recipe, days, seed, options.data, options.overrides)
+            job = job_of(recipe, days, seed, options.data, options.overrides, options.videos)
             file = run_file(options.work / slug(days), seed, recipe)
             train_once(file, job, world, f"{recipe}, {days} days, seed {seed}")
 
@@ -150,6 +166,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("quality.recipe", __doc__)
     parser.add_argument("--data", required=True, metavar="PATH", help="dataset of `limelight data simulate`")
     parser.add_argument(
+        "--videos",
+        default="",
+        metavar="PATH",
+        help="the same world with rows of videos (default: leave such recipes out)",
+    )
+    parser.add_argument(
         "--work", type=local_argument, default=Path("runs/recipe"), help="keeps all trainings (default: %(default)s)"
     )
     parser.add_argument("--days", nargs="+", choices=DAYS, default=list(DAYS), help="default: both")
@@ -167,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for days in DAYS:
 
         def job(recipe: str, seed: int, days: str = days) -> JobConfig:
-            return job_of(recipe, days, seed, options.data, options.overrides)
+            return job_of(recipe, days, seed, options.data, options.overrides, options.videos)
 
         runs = read_runs(options.work / slug(days), RECIPES, job)
         if days == HELD_OUT and options.runs is not None:

@@ -36,6 +36,7 @@ _EVERYDAY_ONLY = {
     "--interest-correlation": "interest that videos and rooms share",
     "--conflict": "conflict between behaviours",
     "--factors": "file of factors",
+    "--video-rows": "choice of rows",
 }
 """Option of `data simulate` -> what the world `cross` does not have for it."""
 
@@ -132,6 +133,11 @@ def data() -> None:
     is_flag=True,
     help="Store the true factors of each exposure (mood, taste, ...) beside its true probabilities.",
 )
+@click.option(
+    "--video-rows",
+    is_flag=True,
+    help="Make training rows of the videos that users saw, too, not of rooms only: ten times as many rows.",
+)
 @json_option
 def simulate(
     out: Output,
@@ -149,6 +155,7 @@ def simulate(
     interest_correlation: float | None,
     conflict: float,
     factors: bool,
+    video_rows: bool,
     as_json: bool,
 ) -> None:
     """Simulate users of short videos and live rooms, and write their log as a dataset.
@@ -173,6 +180,7 @@ def simulate(
             "--interest-correlation": interest_correlation is not None,
             "--conflict": conflict,
             "--factors": factors,
+            "--video-rows": video_rows,
         }
         for option in (option for option, used in options.items() if used):
             raise UserError(
@@ -202,6 +210,7 @@ def simulate(
             interest_correlation=interest_correlation,
             conflict=conflict,
             factors=factors,
+            video_rows=video_rows,
         )
 
     _make(out, work, as_json)

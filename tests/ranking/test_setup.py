@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from trainer.config.ranker import JobConfig, parse_config
 from trainer.console.errors import UserError
+from trainer.data.format.dataset import Dataset, selected_rows
 from trainer.data.format.schema import DatasetSpec
+from trainer.data.loading.loader import Loader
 from trainer.data.simulator.write_dataset import simulate
 from trainer.engine import build_engine
 from trainer.engine.hybrid_engine import DenseOptimizer, TableOptimizer
@@ -54,6 +57,37 @@ def test_training_ends_where_evaluation_begins() -> None:
 def test_training_may_end_earlier_and_begin_later() -> None:
     split = split_in_time(job(train_from="2022-04-26", train_until="2022-05-02", eval_from="2022-05-04"), spec())
     assert (split.train_from, split.train_until) == (MAY_4 - 8 * DAY_MS, MAY_4 - 2 * DAY_MS)
+
+
+def test_held_out_rows_can_be_of_one_domain_and_training_uses_both(tmp_path: Path) -> None:
+    worlds = {rows: tmp_path / str(rows) for rows in (False, True)}
+    for rows, path in worlds.items():
+        simulate(path, 15, 3, 1, 1, video_rows=rows)
+    read: dict[bool, tuple[list[int], list[int]]] = {}
+    for rows, path in worlds.items():
+        data = Dataset.open(str(path))
+        settings = {"path": str(path), "eval_from": "2024-03-06", "eval_domains": ["live"]}
+        split = split_in_time(parse_config({"data": settings}, "test"), data.spec)
+        held_out, training = (
+            sorted(visit for part in selected_rows(data, selection) for visit in part["visit_id"].tolist())
+            for selection in (split.held_out, split.training)
+        )
+        read[rows] = held_out, training
+        loader = Loader(
+            data.store, data.histories, Mock(), rank=0, world=1, batch_size=8, seed=1, selection=split.held_out
+        )
+        assert loader.rows_total == len(held_out)
+    assert read[True][0] == read[False][0] != []
+    # A tenth of the exposures are of rooms.
+    assert set(read[True][1]) > set(read[False][1]) and len(read[True][1]) > 5 * len(read[False][1])
+
+
+def test_a_domain_without_rows_is_refused() -> None:
+    config = parse_config({"data": {"path": "x", "eval_from": "2022-05-04", "eval_domains": ["live"]}}, "test")
+    with pytest.raises(
+        UserError, match=r"data\.eval_domains names 'live', which has no rows: those of 'x' are of video"
+    ):
+        split_in_time(config, spec())
 
 
 def test_without_a_held_out_range_all_is_trained_on() -> None:

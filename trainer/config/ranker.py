@@ -38,6 +38,10 @@ class DataConfig(RowDataConfig):
     """Dataset, training range and held-out range. Times are ISO dates or times in the dataset's time zone."""
 
     behaviours: tuple[str, ...] = Field((), description="Behaviours to predict, in this order. Empty: all.")
+    eval_domains: tuple[Literal["video", "live"], ...] = Field(
+        (),
+        description="Domains of the held-out rows, where a dataset has rows of both; training uses all. Empty: all.",
+    )
     frozen: bool = Field(
         False,
         description="Evaluate with statistics and histories as of `train_until` (true), or as of each request (false).",

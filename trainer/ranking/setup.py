@@ -63,6 +63,7 @@ class Split:
         train_until: the labels of all training rows were complete before this time; a stream ends here.
         eval_from: first request of the held-out range; ``None`` without evaluation.
         eval_until: end of the held-out range.
+        eval_domains: domains of the held-out rows; empty for all.
     """
 
     train_from: int
@@ -71,6 +72,7 @@ class Split:
     train_until: int
     eval_from: int | None
     eval_until: int
+    eval_domains: tuple[str, ...] = ()
 
     @property
     def fitting(self) -> Selection:
@@ -91,14 +93,14 @@ class Split:
         """
         if self.eval_from is None:
             raise ValueError("this split has no held-out range")
-        return Selection(request_from=self.eval_from, request_until=self.eval_until)
+        return Selection(request_from=self.eval_from, request_until=self.eval_until, domains=self.eval_domains)
 
 
 def split_in_time(config: EngineJob, spec: DatasetSpec) -> Split:
     """Return the split that a job defines.
 
     Raises:
-        UserError: a value is not a time, or ranges are empty or overlap.
+        UserError: a value is not a time, ranges are empty or overlap, or a domain has no rows.
     """
     data, stream = config.data, config.stream if isinstance(config, JobConfig) else None
 
@@ -126,7 +128,13 @@ def split_in_time(config: EngineJob, spec: DatasetSpec) -> Split:
         train_until=train_until,
         eval_from=eval_from if data.eval_from else None,
         eval_until=moment("data", "eval_until", end),
+        eval_domains=config.data.eval_domains if isinstance(config, JobConfig) else (),
     )
+    if unknown := [domain for domain in split.eval_domains if domain not in spec.candidates]:
+        raise UserError(
+            f"data.eval_domains names {unknown[0]!r}, which has no rows: those of {spec.name!r} are of "
+            f"{' and '.join(spec.candidates)}"
+        )
     if split.train_from >= split.fit_until:
         raise UserError(f"data.train_from = {data.train_from!r} is not before the end of training")
     if split.eval_from is not None:

@@ -1,4 +1,4 @@
-"""Selections of rows by time, against a look at each row."""
+"""Selections of rows by time and domain, against a look at each row."""
 
 from __future__ import annotations
 
@@ -47,6 +47,17 @@ def test_rows_and_records_of_a_selection(records: list[list[tuple[int, int]]], b
         assert touched[place] or not any(inside(*row) for row in record)
         if len(record) == 1:
             assert touched[place] == inside(*record[0])
+
+
+def test_a_domain_selects_its_rows_and_covers_no_record() -> None:
+    times = np.array([1, 2, 3, 4])
+    columns: Any = {"request_ms": times, "emit_ms": times, "domain": np.array([0, 1, 1, 0])}
+    live = Selection(request_from=2, domains=("live",))
+    assert live.mask(columns).tolist() == [False, True, True, False]
+    assert Selection(domains=("video", "live")).mask(columns).all()
+    index: Any = Records([[(2, 2)], [(3, 3)]])
+    assert live.touches(index).all() and not live.covers(index).any()
+    assert str(live).endswith("requested from 1970-01-01T00:00:00.002+00:00, of live")
 
 
 @pytest.mark.parametrize(

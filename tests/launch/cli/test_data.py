@@ -111,6 +111,7 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             ["simulate", "{}/out", "--world", "cross", "--factors"],
             "--factors: the world `cross` has no file of factors",
         ),
+        (["simulate", "{}/out", "--world", "cross", "--video-rows"], "`cross` has no choice of rows"),
         (["simulate", "{}/out", "--newcomers", "-1"], "newcomers is -1.0; it must be in [0, 1]"),
         (
             ["simulate", "{}/out", "--segment-noise", "2"],

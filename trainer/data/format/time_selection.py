@@ -1,4 +1,4 @@
-"""Selection by time of the rows that a job reads."""
+"""Selection by time, and by domain, of the rows that a job reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from trainer.data.format.schema import Rows
+from trainer.data.format.schema import DOMAINS, Rows
 from trainer.data.format.shards import RecordIndex
 
 _ALWAYS = np.iinfo(np.int64)
@@ -18,12 +18,14 @@ class Selection:
     """Selects rows whose times of emission and request lie in half-open ranges, in milliseconds UTC; by default all.
 
     Training selects by emission, the moment from which a row may be trained on. Evaluation selects by request.
+    ``domains`` has the names of the domains of the rows; empty for all.
     """
 
     emit_from: int = _ALWAYS.min
     emit_until: int = _ALWAYS.max
     request_from: int = _ALWAYS.min
     request_until: int = _ALWAYS.max
+    domains: tuple[str, ...] = ()
 
     def touches(self, index: RecordIndex) -> np.ndarray:
         """Return a mask of the records that may contain a selected row, ``[records] bool``."""
@@ -36,25 +38,35 @@ class Selection:
 
     def covers(self, index: RecordIndex) -> np.ndarray:
         """Return a mask of the records whose rows are all selected, ``[records] bool``."""
+        # The index does not know the domains of the rows.
         return (
-            (index.emit_min >= self.emit_from)
+            np.full(len(index.emit_min), not self.domains)
+            & (index.emit_min >= self.emit_from)
             & (index.emit_max < self.emit_until)
             & (index.request_min >= self.request_from)
             & (index.request_max < self.request_until)
         )
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the rows that :meth:`mask` reads."""
+        return ("emit_ms", "request_ms", *(["domain"] if self.domains else []))
+
     def mask(self, rows: Rows) -> np.ndarray:
         """Return a mask of the selected rows, ``[n] bool``."""
         emit, request = rows["emit_ms"], rows["request_ms"]
-        return (
+        within = (
             (emit >= self.emit_from)
             & (emit < self.emit_until)
             & (request >= self.request_from)
             & (request < self.request_until)
         )
+        if self.domains:
+            within &= np.isin(rows["domain"], [DOMAINS.index(name) for name in self.domains])
+        return within
 
     def __str__(self) -> str:
-        """Describe the bounds that are set, as UTC times."""
+        """Describe the bounds that are set, as UTC times, and the domains."""
         sides = [
             f"{verb} {word} {_utc(time)}"
             for verb, word, time, open_end in (
@@ -65,7 +77,7 @@ class Selection:
             )
             if time != open_end
         ]
-        return " and ".join(sides) or "at any time"
+        return " and ".join(sides or ["at any time"]) + (f", of {', '.join(self.domains)}" if self.domains else "")
 
 
 def _utc(time_ms: int) -> str:

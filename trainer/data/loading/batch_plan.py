@@ -270,7 +270,7 @@ def _windows(store: RowStore, partition: int, selection: Selection, shuffle_ms: 
     chosen = np.flatnonzero(selection.touches(index))
     rows = index.rows[chosen]
     for place in np.flatnonzero(~selection.covers(index)[chosen]).tolist():
-        edge = store.read(partition, int(chosen[place]), ["emit_ms", "request_ms"])
+        edge = store.read(partition, int(chosen[place]), selection.columns)
         # A corrupt record counts with all its rows: the reader will report them as skipped.
         rows[place] = rows[place] if edge is None else selection.mask(edge).sum()
     chosen, rows = chosen[rows > 0], rows[rows > 0]

@@ -18,8 +18,8 @@ from trainer.data.simulator.world import SimulatedWorld
 SEGMENTS_AT_ONCE = 1 << 20
 
 
-def dataset_spec(config: WorldConfig, partitions: int) -> DatasetSpec:
-    """Return the content of ``dataset.json`` before the log is written."""
+def dataset_spec(config: WorldConfig, partitions: int, candidates: tuple[str, ...] = ("live",)) -> DatasetSpec:
+    """Return the content of ``dataset.json`` before the log is written; ``candidates`` are the domains of the rows."""
     return DatasetSpec(
         name="simulated",
         source="Limelight's simulated world (`limelight data simulate`)",
@@ -28,7 +28,7 @@ def dataset_spec(config: WorldConfig, partitions: int) -> DatasetSpec:
         timezone=TIMEZONE,
         behaviours=BEHAVIOURS,
         applies={name: ("live",) if name == "gift" else DOMAINS for name in BEHAVIOURS},
-        candidates=("live",),
+        candidates=candidates,
         side=(
             SideFeature("age_band", "user", 1 + population.AGE_BANDS),
             SideFeature("gender", "user", 1 + population.GENDERS),

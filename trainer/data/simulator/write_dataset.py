@@ -42,6 +42,7 @@ def simulate(
     interest_correlation: float | None = None,
     conflict: float = 0.0,
     factors: bool = False,
+    video_rows: bool = False,
 ) -> DatasetSpec:
     """Simulate a world and write its log as a dataset.
 
@@ -68,6 +69,8 @@ def simulate(
         conflict: how much what draws clicks repels likes, comments, gifts and follows, from 0 to 1.
         factors: True to write the true factors of every exposure beside its true probabilities. Everything else is the
             same, bit for bit, with and without them.
+        video_rows: True to make training rows of the exposures of videos, too. The statistics of a row then count both
+            domains. The log is the same.
 
     Raises:
         UserError: a size is below 1, another number is out of its range, or ``out`` cannot be built
@@ -112,7 +115,7 @@ def simulate(
         extra["conflict"] = conflict
     if factors:
         extra["factors"] = factor_names(config)
-    spec = dataset_spec(config, partitions)
+    spec = dataset_spec(config, partitions, ("video", "live") if video_rows else ("live",))
     total = days * -(-users // BLOCK)
     with DatasetBuilder(out, spec) as builder:
         world = make_world(config)
