@@ -71,6 +71,7 @@ FIRST = "author histories, batch 512, CGC"
 PAST_TAG, PAST = "counts by tag", "counts by tag, of the user, by author"
 ON_AIR = "counts, what is on air"
 CHOSEN = "counts, lately too"
+VIDEO_ROWS, ONE_ITEM = "counts, rows of videos", "counts, one row for all items"
 _TAGS = ("features.tags=true", 'features.author_side=["author_category", "author_genre"]')
 _AUTHORS = (
     "features.history.author={domain='video', search='author', length=10}",
@@ -115,6 +116,20 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "counts, two epochs": Recipe(CHOSEN, ("train.epochs=2",)),
+    # The rooms of the held-out days are new, so the rows of their ids are not trained.
+    ONE_ITEM: Recipe(CHOSEN, ('features.item={ids="hash", rows=2}',)),
+    "counts, one row for all items, two epochs": Recipe(ONE_ITEM, ("train.epochs=2",)),
+    "counts, weights of rare behaviours": Recipe(CHOSEN, ("train.weights={like=2, comment=2, gift=3, follow=2}",)),
+    "counts, dcn": Recipe(CHOSEN, ('model.kind="dcn"', "model.dcn_rank=32")),
+    VIDEO_ROWS: Recipe(CHOSEN, (LIVE_ONLY,)),
+    "counts, rows of videos, counts in rooms": Recipe(
+        VIDEO_ROWS,
+        (
+            'features.past.tag_live={same="tag", domain="live"}',
+            'features.past.user_live={domain="live"}',
+            'features.past.author_live={same="author", domain="live"}',
+        ),
+    ),
     ON_AIR: Recipe(CHOSEN, ('features.content.air={table="DATA/embeddings/segments", of="segment"}',)),
     "counts, what is on air, rate 0.004": Recipe(ON_AIR, ("optimizer.learning_rate=0.004",)),
 }

@@ -20,6 +20,7 @@ OTHER_RESULTS = {
     "moment_retraction",
     "mutants",
     "recipe_first",
+    "recipe_small",
 }
 """Results of `make chaos`, of `python -m tests.mutants`, and of other runs of LARM, of Cross, of all systems and of
 recipes."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from trainer.config.ranker import JobConfig, parse_config
 from trainer.console.errors import UserError
 from trainer.data.format.dataset import Dataset, selected_rows
 from trainer.data.format.schema import DatasetSpec
-from trainer.data.loading.loader import Loader
+from trainer.data.loading.batch_plan import ReadPlan
 from trainer.data.simulator.write_dataset import simulate
 from trainer.engine import build_engine
 from trainer.engine.hybrid_engine import DenseOptimizer, TableOptimizer
@@ -73,10 +72,8 @@ def test_held_out_rows_can_be_of_one_domain_and_training_uses_both(tmp_path: Pat
             for selection in (split.held_out, split.training)
         )
         read[rows] = held_out, training
-        loader = Loader(
-            data.store, data.histories, Mock(), rank=0, world=1, batch_size=8, seed=1, selection=split.held_out
-        )
-        assert loader.rows_total == len(held_out)
+        plan = ReadPlan(data.store, [0], split.held_out, batch_size=8, seed=1)
+        assert plan.rows_total == len(held_out), "the index of the rows does not know the domains"
     assert read[True][0] == read[False][0] != []
     # A tenth of the exposures are of rooms.
     assert set(read[True][1]) > set(read[False][1]) and len(read[True][1]) > 5 * len(read[False][1])
