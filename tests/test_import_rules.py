@@ -59,6 +59,7 @@ def normal(name: str) -> str:
 
 
 PEERS = {
+    "benchmarks/speed/peers/easyrec.py": ("google", "torchrec", "tzrec"),
     "benchmarks/speed/peers/fuxi.py": ("fuxictr",),
     "benchmarks/speed/peers/rechub.py": ("torch_rechub",),
 }

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.throughput --out benchmarks/results/throughput.json
     python -m benchmarks.speed.throughput --rechub-python PYTHON --fuxictr-python PYTHON
+    python -m benchmarks.speed.throughput --tzrec-python PYTHON     # beside TorchEasyRec, in both of its modes
     python -m benchmarks.speed.throughput --setups 1x1 --systems limelight-fp32 pytorch-sparse --scale 64   # in seconds
     python -m benchmarks.speed.throughput --out throughput_gpu.json    # on a machine with GPUs
 
@@ -12,8 +13,10 @@ network; global batch 2,048. One epoch; then AUC on held-out rows, so that nobod
 
 Limelight reads shards and histories and computes AUC and GAUC as it trains. Its peers get arrays in memory and compute
 no metric. ``pytorch`` and ``pytorch-sparse`` are a plain loop (``benchmarks/speed/peers/pytorch.py``); torch-rechub and
-FuxiCTR come from PyPI, each installed in a virtual environment of its own, whose Python is named here. Their files in
-``benchmarks/speed/peers/`` say where their models differ; they have one process, so they have no set-up with ranks.
+FuxiCTR come from PyPI, TorchEasyRec from its repository, each installed in a virtual environment of its own, whose
+Python is named here. Their files in ``benchmarks/speed/peers/`` say where their models differ. torch-rechub and FuxiCTR
+have one process, so they have no set-up with ranks. TorchEasyRec has two modes on a CPU: ``tzrec`` as it ships, and
+``tzrec-sharded``; which one is faster depends on the machine.
 
 On a machine with GPUs all systems train there, unless ``--device cpu``: a rank has a GPU of its own, loaders have
 worker processes and page-locked memory, the step and the number of rows are larger, and the clock is read when the
@@ -100,6 +103,8 @@ SYSTEMS = {
     "rechub-ple": ThroughputSystem("rechub.py", "ple", "rechub_python", ranks=False),
     "rechub-din": ThroughputSystem("rechub.py", "din", "rechub_python", ranks=False),
     "fuxictr": ThroughputSystem("fuxi.py", "ple", "fuxictr_python", ranks=False),
+    "tzrec": ThroughputSystem("easyrec.py", "shipped", "tzrec_python"),
+    "tzrec-sharded": ThroughputSystem("easyrec.py", "sharded", "tzrec_python"),
 }
 
 
@@ -242,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rechub-python", metavar="PATH", default="", help="Python with torch-rechub")
     parser.add_argument("--fuxictr-python", metavar="PATH", default="", help="Python with fuxictr")
+    parser.add_argument("--tzrec-python", metavar="PATH", default="", help="Python with TorchEasyRec (tzrec)")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each (default: %(default)s)")
     parser.add_argument("--rows", type=int, help=f"training rows (default: {ROWS}; with GPUs {GPU_ROWS})")
     parser.add_argument(

@@ -26,6 +26,8 @@ SMALL = ["--scale=512", "--repeats=2"]
 BATCH, ROWS = throughput.BATCH // 512, workload.ROWS // 512
 PYTHONS = {"rechub-ple": "LIMELIGHT_RECHUB_PYTHON", "rechub-din": "LIMELIGHT_RECHUB_PYTHON"} | {
     "fuxictr": "LIMELIGHT_FUXICTR_PYTHON",
+    "tzrec": "LIMELIGHT_TZREC_PYTHON",
+    "tzrec-sharded": "LIMELIGHT_TZREC_PYTHON",
 }
 """Peer -> variable that names the Python of its virtual environment."""
 
@@ -85,7 +87,7 @@ def test_both_on_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PYTHONS)
-def test_a_peer_from_pypi_trains_on_the_same_rows(tmp_path: Path, name: str) -> None:
+def test_a_peer_trains_on_the_same_rows(tmp_path: Path, name: str) -> None:
     python = os.environ.get(PYTHONS[name])
     if python is None:
         pytest.skip(f"{PYTHONS[name]} names no Python that has {name.partition('-')[0]}")
