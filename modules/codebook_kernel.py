@@ -26,6 +26,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from torch import Tensor
 
+from modules.compiled import compiled
 from modules.search.cpu_intrinsics import lowest_bit
 from modules.threads import each_part
 
@@ -260,7 +261,7 @@ def score_bound(norm: float, error: float, largest: float, largest_error: float,
 def _search_with(tile: Callable, in_pairs: bool) -> Callable:
     """Return the search loop for one kind of tile."""
 
-    @numba.njit(nogil=True)
+    @compiled("finding nearest centroids", nogil=True, keep=False)
     def search(
         vectors: np.ndarray,
         first: int,

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
 from modules import product_tiles, vector_code, vector_loops
-from modules.compiled import compile_now, compiled
+from modules.compiled import compiled
 from modules.product_tiles import STEPS, make_product
 from modules.vector_code import LANES, VECTOR
 from modules.vector_loops import (
@@ -217,7 +217,7 @@ def hidden_layers(
         layer_forward(before, stride, weight, width, steps, hidden, width, places, width // VECTOR, bias, 0, 0, 0, 0)
 
 
-@compiled(vector_code, product_tiles, vector_loops, nogil=True)
+@compiled("attention over histories", vector_code, product_tiles, vector_loops, nogil=True)
 def forward_rows(
     begin: int, end: int, job: DinArguments, starts: np.ndarray, widths: np.ndarray, at: np.ndarray, place: np.ndarray
 ) -> None:
@@ -259,7 +259,7 @@ def forward_rows(
             weighted_sum(out, shares, keys + column, job.row_bytes, entries)
 
 
-@compiled(vector_code, product_tiles, vector_loops, nogil=True)
+@compiled("attention over histories", vector_code, product_tiles, vector_loops, nogil=True)
 def backward_rows(
     begin: int, end: int, job: DinArguments, starts: np.ndarray, widths: np.ndarray, at: np.ndarray, place: np.ndarray
 ) -> None:
@@ -355,7 +355,8 @@ def backward_rows(
 
 @cache
 def compile_loops() -> None:
-    """Compile the two loops in this process, or load them from numba's cache; log it if they are compiled."""
+    """Compile the loops in this process, or load them from numba's cache."""
     whole, nothing = np.zeros(1, np.int64), DinArguments(*[0] * len(DinArguments._fields))
-    arguments = (0, 0, nothing, *[whole] * 4)
-    compile_now("the attention over histories", [(forward_rows, arguments), (backward_rows, arguments)])
+    arguments: tuple[Any, ...] = (0, 0, nothing, *[whole] * 4)
+    for loop in (forward_rows, backward_rows):
+        loop(*arguments)

@@ -13,7 +13,7 @@ Widths are padded with zeros to multiples of ``LANES``, and rows to multiples of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from modules import product_tiles, vector_code, vector_loops
-from modules.compiled import compile_now, compiled
+from modules.compiled import compiled
 from modules.product_tiles import STEPS, make_product
 from modules.threads import each_part, in_turns
 from modules.vector_code import LANES, VECTOR, instructions_for
@@ -77,7 +77,7 @@ class ExpertArguments(NamedTuple):
     grad_inputs: int = 0
 
 
-@compiled(vector_code, product_tiles, vector_loops, nogil=True)
+@compiled("experts and towers", vector_code, product_tiles, vector_loops, nogil=True)
 def forward_blocks(
     begin: int,
     end: int,
@@ -118,7 +118,7 @@ def forward_blocks(
                 source, stride = target, target_row
 
 
-@compiled(vector_code, product_tiles, vector_loops, nogil=True)
+@compiled("experts and towers", vector_code, product_tiles, vector_loops, nogil=True)
 def backward_part(
     piece: int,
     job: ExpertArguments,
@@ -186,7 +186,7 @@ def backward_part(
         input_backward(grad, width, weight, narrow, widths[1], target, narrow, rows, narrow // VECTOR, 0, 0, 0, 0, 0)
 
 
-@compiled(vector_code, product_tiles, vector_loops, nogil=True)
+@compiled("experts and towers", vector_code, product_tiles, vector_loops, nogil=True)
 def add_part(
     piece: int,
     job: ExpertArguments,
@@ -323,15 +323,16 @@ def computes(values: Tensor) -> bool:
 
 @cache
 def compile_loops() -> None:
-    """Compile the two loops in this process, or load them from numba's cache; log it if they are compiled."""
+    """Compile the loops in this process, or load them from numba's cache."""
     job = ExpertArguments(*[0] * len(ExpertArguments._fields))._replace(networks=1, block_rows=STEPS)
     none = np.zeros(1, np.int64)
-    calls = (
+    calls: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...] = (
         (forward_blocks, (0, 0, job, *[none] * 5)),
         (backward_part, (0, job, *[none] * 4, 0, none)),
         (add_part, (0, job, *[none] * 3, 0, none)),
     )
-    compile_now("experts and towers", calls)
+    for loop, arguments in calls:
+        loop(*arguments)
 
 
 def _arguments(inputs: Tensor, out: Tensor, networks: int) -> ExpertArguments:

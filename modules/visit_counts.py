@@ -67,7 +67,7 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     return view
 
 
-@compiled(nogil=True)
+@compiled("counting past visits", nogil=True)
 def _add_visits(
     begin: int,
     end: int,

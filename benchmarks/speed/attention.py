@@ -15,6 +15,9 @@ A second comparison is of the Deep Interest Network's attention alone, over one 
 the compiled loops of ``modules/din_loops.py`` against PyTorch's operations, by turns on the same data, with the median
 and the range of all rounds.
 
+A third one is of all kinds of attention over one history: how much of their time are matrix products, which is what a
+compiled loop cannot save (``benchmarks/speed/attention_parts.py``).
+
 One thread, float32 unless stated. Times are processor time, which other work on the machine disturbs less.
 """
 
@@ -31,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.measure import make_parser, write_result
+from benchmarks.speed.attention_parts import AttentionCall, KindSizes, parts_of_attention
 from modules.din import TargetAttention
 from modules.esu import SequenceAttention
 from modules.vector_code import instructions_for
@@ -232,6 +236,33 @@ def report_loops(rows: list[dict[str, Any]]) -> str:
     return text_table(["one history", "type", "way", "entries", "forward ms", "backward ms"], lines, texts=3)
 
 
+def profile_kinds(rows: int, rounds: int) -> list[dict[str, Any]]:
+    """Return the parts of the time of every kind of attention, over one history with full and with random lengths."""
+    sizes = KindSizes(QUERY_DIM, PARTS, HISTORY_LENGTH, HEADS, HEAD_DIM, HIDDEN)
+    lengths = {
+        "full": torch.full((rows,), HISTORY_LENGTH),
+        "random": torch.randint(HISTORY_LENGTH + 1, (rows,)),
+    }
+
+    def seconds_of(call: AttentionCall) -> tuple[float, float]:
+        return time_of(call.run, call.gradients_of)
+
+    return parts_of_attention(sizes, lengths, instructions_for(torch.device("cpu")) is not None, seconds_of, rounds)
+
+
+def report_kinds(rows: list[dict[str, Any]]) -> str:
+    """Return times and shares of the kinds of attention as a table."""
+    lines = []
+    for row in rows:
+        cells = [row["lengths"], row["kind"]]
+        for part in ("forward", "backward"):
+            share = f"{row['shares'][part]['products']:.0%}" if row["shares"] else ""
+            cells += [f"{1000 * row[f'{part}_seconds']['median']:.1f}", share]
+        lines.append(cells)
+    header = ["lengths", "kind", "forward ms", "products", "backward ms", "products"]
+    return text_table(header, lines, texts=2)
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     """Return the results as a table."""
     lines = [
@@ -270,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for row in compare_loops(options.history_rows, kind, dtype, options.rounds)
         ]
         print(report_loops(one_history))
+    parts = profile_kinds(options.history_rows, options.rounds)
+    print(report_kinds(parts))
     settings = {
         "rows": options.rows,
         "sequences": SEQUENCES,
@@ -281,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "history": {"rows": options.history_rows, "longest": HISTORY_LENGTH, "dim": HISTORY_DIM, "hidden": HIDDEN},
         "instructions": instructions_for(torch.device("cpu")),
     }
-    document = {"attention": rows, "one_history": one_history, "settings": settings}
+    document = {"attention": rows, "one_history": one_history, "parts": parts, "settings": settings}
     write_result(options.out, {**document, "load_average": os.getloadavg()[0]})
 
 

@@ -56,8 +56,18 @@ DEEPSPEED = {
 class WorkloadFeatures:
     """The peers' inputs: ids as they are, and the two sequences without contexts.
 
-    A loader takes it in place of a :class:`trainer.data.features.feature_map.FeatureMap`, which would read both
-    sequences as one.
+    A loader takes it in place of a :class:`trainer.data.features.feature_map.FeatureMap`. The project's own cannot give
+    the inputs of the peers, which train the same network on the same rows:
+
+    * The peers attend to the past authors and to the past items separately: two sequences, each with one id an entry.
+      A history of a FeatureMap is one sequence, whose entries join item, author and context. No key of the
+      configuration selects the parts of an entry, so two histories would read both tables twice.
+    * The context, which every entry has, is two more ids: the behaviours and the age of the visit. The peers have no
+      table for them.
+    * Dense values are standardised by a fit on the training range; the peers read them as they are.
+
+    Limelight would do more work than its peers, for another network: neither rows a second nor AUC could be compared.
+    Shards, histories, loader, packed batches, engine and network are the project's own.
     """
 
     lookups = (

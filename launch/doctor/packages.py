@@ -95,6 +95,14 @@ def check_lookup() -> tuple[Check, dict[str, Any]]:
     return Check(name, "ok", "fbgemm looked up and updated a table, equal to plain torch"), seen
 
 
+def check_loops(computed_by: Mapping[str, str]) -> Check:
+    """Report what computes each family of compiled loops on this CPU, as family -> phrase."""
+    phrases = dict.fromkeys(computed_by.values())
+    found = ((phrase, [family for family in computed_by if computed_by[family] == phrase]) for phrase in phrases)
+    message = "; ".join(f"{', '.join(families)}: {phrase}" for phrase, families in found)
+    return Check("compiled loops", "ok", message)
+
+
 def check_accelerator(
     cuda_build: str | None, devices: list[str], fbgemm_cuda: bool, driver: bool, driver_version: str | None = None
 ) -> Check:

@@ -77,7 +77,7 @@ def lookup() -> dict[str, Any]:
 
     Returns:
         ``cuda_build`` (CUDA version that torch was built for, or None), ``devices`` (names of usable GPUs), and
-        ``attention`` (what computes ``din`` on this CPU with ``model.compiled_attention``).
+        ``loops`` (what computes each family of compiled loops on this CPU).
     """
     import torch
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -88,7 +88,7 @@ def lookup() -> dict[str, Any]:
     )
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-    from trainer.runtime.environment import computed_by
+    from trainer.runtime.environment import computed_on_this_cpu
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -109,8 +109,7 @@ def lookup() -> dict[str, Any]:
     if not torch.equal(weight, updated):
         raise RuntimeError("fbgemm's fused update did not change the rows that were looked up by their gradient")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    attention = computed_by(torch.device("cpu"))
-    return {"cuda_build": torch.version.cuda, "devices": devices, "attention": attention}
+    return {"cuda_build": torch.version.cuda, "devices": devices, "loops": computed_on_this_cpu()}
 
 
 def all_reduce(backend: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from launch.doctor.host import (
 from launch.doctor.packages import (
     check_accelerator,
     check_lookup,
+    check_loops,
     check_pins,
     check_python,
     check_triple,
@@ -45,7 +46,7 @@ def all_checks() -> Iterator[Check]:
         driver = has_nvidia_driver()
         version = nvidia_driver_version() if driver else None
         yield check_accelerator(seen["cuda_build"], gpus, "fbgemm-gpu" in installed, driver, version)
-        yield Check("compiled attention", "ok", seen["attention"])
+        yield check_loops(seen["loops"])
         yield check_collectives("gloo", 2)
         if gpus:
             yield check_collectives("nccl", min(len(gpus), 2))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
+from modules.compiled import compiled
 from modules.search.cpu_intrinsics import (
     CACHE_LINE,
     GROUP,
@@ -27,6 +28,9 @@ from modules.search.cpu_intrinsics import (
 
 AHEAD = 6
 """Groups of entries whose vectors are prefetched; more than a core's outstanding reads would gain nothing."""
+
+WORK = "searches of histories"
+"""Work of the kernels, for the message when they are compiled."""
 
 _TOP_BIT = np.uint32(1 << 31)
 _PLACE_BITS = np.uint64(32)
@@ -182,7 +186,7 @@ def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.fl
     """
     score_type = type(lowest)
 
-    @numba.njit(nogil=True)
+    @compiled(WORK, nogil=True, keep=False)
     def top(
         begin: int,
         end: int,
@@ -263,7 +267,7 @@ top_byte = make_top(dots_byte, key_of_int, int_of_key, np.int32(-(1 << 31)))
 """Kernel for int8 vectors and queries."""
 
 
-@numba.njit(nogil=True)
+@compiled(WORK, nogil=True)
 def same_author(
     begin: int,
     end: int,
@@ -287,7 +291,7 @@ def same_author(
         lengths[row] = length - free
 
 
-@numba.njit(nogil=True)
+@compiled(WORK, nogil=True)
 def latest_of_all(
     begin: int,
     end: int,

@@ -19,6 +19,7 @@ from launch.doctor.check import Check
 from launch.doctor.probe import ProbeError
 from tests.nursery import Nursery
 from trainer.runtime import large_pages
+from trainer.runtime.environment import computed_on_this_cpu
 
 GOOD = {"torch": "2.13.0+cpu", "fbgemm-gpu-cpu": "1.8.0", "torchrec": "1.8.0"}
 
@@ -113,6 +114,12 @@ def test_the_driver_that_the_build_needs_is_named(
 ) -> None:
     check = packages.check_accelerator(cuda_build, devices, True, True, version)
     assert check.status == status and message in check.message and fix in check.fix
+
+
+def test_loops_are_told_by_what_computes_them() -> None:
+    loops = {"attention": "PyTorch's operations", "rows": "compiled loops", "experts": "PyTorch's operations"}
+    check = packages.check_loops(loops)
+    assert check.message == "attention, experts: PyTorch's operations; rows: compiled loops" and check.status == "ok"
 
 
 def test_a_wrong_abi_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,5 +310,6 @@ def test_this_installation_is_well(
     if not own:
         monkeypatch.setattr(probe, "_start", partial(ForkedProbe, nursery, tmp_path))
     found = {check.name: check for check in report.all_checks()}
-    for name in ("torch, fbgemm, torchrec", "fused lookup", "compiled attention", "gloo"):
+    for name in ("torch, fbgemm, torchrec", "fused lookup", "compiled loops", "gloo"):
         assert found[name].status == "ok", found[name]
+    assert all(family in found["compiled loops"].message for family in computed_on_this_cpu())

@@ -243,7 +243,7 @@ def test_candidates_with_other_types(world: Path, tmp_path: Path) -> None:
 
 def test_loops_compile_without_a_place_for_the_cache(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (public / "loops.py").write_text(
-        "from modules.compiled import compiled\n@compiled(nogil=True)\ndef twice(x):\n    return 2 * x\n"
+        "from modules.compiled import compiled\n@compiled('doubling', nogil=True)\ndef twice(x):\n    return 2 * x\n"
     )
     for variable in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)

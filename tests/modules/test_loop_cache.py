@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import importlib
+import multiprocessing
 import pickle
 import runpy
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from numba.core.errors import TypingError
 
+from modules import loop_cache
 from tests.full_disk import files_of_at_most
 
 
@@ -45,7 +55,7 @@ class Loop:
     def __init__(self, place: Path) -> None:
         self.module = place / "loops.py"
         self.module.write_text(
-            "from modules.compiled import compiled\n@compiled()\ndef loop(x):\n    return 2 * x + 1\n"
+            "from modules.compiled import compiled\n@compiled('doubling')\ndef loop(x):\n    return 2 * x + 1\n"
         )
 
     def __call__(self) -> int:
@@ -53,6 +63,13 @@ class Loop:
         loop = runpy.run_path(str(self.module))["loop"]
         assert loop(5) == 11
         return sum(loop.stats.cache_hits.values())
+
+    @property
+    def lock(self) -> Path:
+        """The lock of the one file, which is removed."""
+        (file,) = self.files
+        file.unlink()
+        return file.with_name(f".{file.name}.lock")
 
     @property
     def files(self) -> list[Path]:
@@ -113,3 +130,117 @@ def test_a_changed_source_is_compiled_again(loop: Loop, caplog: pytest.LogCaptur
     loop()
     loop.module.write_text(loop.module.read_text().replace("2 * x + 1", "3 * x - 4"))
     assert (loop(), loop()) == (0, 1) and not warnings(caplog)
+
+
+HOLDER = """
+import fcntl, os, shutil, sys
+lock, kept, file = sys.argv[1:]
+held = open(lock, "ab")
+fcntl.lockf(held, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+shutil.copy(kept, file)
+os.unlink(lock)
+"""
+
+
+@contextmanager
+def held(lock: Path, kept: Path, file: Path) -> Iterator[subprocess.Popen[str]]:
+    """Let another process have the lock; it writes the file and ends when its input is closed."""
+    command = [sys.executable, "-S", "-c", HOLDER, *map(str, (lock, kept, file))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@contextmanager
+def soon(work: Callable[[], object]) -> Iterator[None]:
+    """Do something while the body runs."""
+    timer = threading.Timer(0.2, work)
+    timer.start()
+    yield
+    timer.join()
+
+
+def close_input(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def call_at_once(module: Path, barrier: Any, results: Any) -> None:
+    # A process can load only loops of a module that it can import.
+    sys.path.insert(0, str(module.parent))
+    barrier.wait()
+    loop = importlib.import_module(module.stem).loop
+    assert loop(5) == 11
+    results.put(sum(loop.stats.cache_hits.values()))
+
+
+def test_processes_that_start_together_compile_a_loop_once(loop: Loop) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=call_at_once, args=(loop.module, barrier, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert sorted(results.get(timeout=300) for _ in processes) == [0, 1, 1]
+    for process in processes:
+        process.join()
+    (file,) = loop.files
+    assert file.suffix == ".loop", "no lock is left"
+
+
+def test_a_loop_that_another_process_compiles_is_awaited(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loop_cache, "_told", set())
+    caplog.set_level("INFO", "modules.loop_cache")
+    loop()
+    (file,) = loop.files
+    kept = tmp_path / "kept"
+    shutil.copy(file, kept)
+    with held(loop.lock, kept, file) as process, soon(lambda: close_input(process)):
+        assert loop() == 1
+    assert warnings(caplog)[1:] == ["waiting for another process, which compiles loops of doubling for this processor"]
+    assert loop.files == [file]
+
+
+def test_a_process_that_is_killed_gives_its_lock_back(loop: Loop, tmp_path: Path) -> None:
+    loop()
+    (file,) = loop.files
+    with held(loop.lock, tmp_path, file) as process, soon(process.kill):
+        assert loop() == 0
+    assert loop() == 1 and loop.files == [file]
+
+
+def test_a_process_that_does_not_go_on_is_not_awaited_for_ever(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_cache, "WAIT_SECONDS", 0.1)
+    loop()
+    (file,) = loop.files
+    with held(lock := loop.lock, tmp_path, file):
+        assert (loop(), loop()) == (0, 1)
+        assert lock.exists(), "it belongs to the other process"
+
+
+def test_a_file_system_without_locks(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert (loop(), loop()) == (0, 1) and len(loop.files) == 1
+
+
+def test_a_lock_that_cannot_be_opened(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
+    loop()
+    loop.lock.mkdir()
+    assert (loop(), loop()) == (0, 1) and not warnings(caplog)
+
+
+def test_an_error_of_the_compiler_gives_the_lock_back(loop: Loop) -> None:
+    loop.module.write_text(loop.module.read_text().replace("2 * x + 1", "x.nothing"))
+    for _ in range(2):
+        with pytest.raises(TypingError, match="nothing"):
+            loop()
+    assert not loop.files

@@ -53,7 +53,7 @@ def resample_auc(index: np.ndarray, counts: np.ndarray, scores: np.ndarray, labe
     return ResampledMetric(float(draws[0]), draws[1:])
 
 
-@compiled()
+@compiled("the bootstrap over users")
 def _auc_draws(user: np.ndarray, positive: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return the AUC of every draw, ``[draws]`` float64; nan where a class has no weight.
 

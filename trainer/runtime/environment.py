@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from modules.codebook_kernel import PAIRS
 from modules.vector_code import instructions_for
 
 PACKAGES = (
@@ -24,6 +25,24 @@ def computed_by(device: torch.device, compiled: bool = True) -> str:
     """Return a phrase for what computes a part of a network on a device, if it is compiled where it can be, or not."""
     instructions = instructions_for(device) if compiled else None
     return f"compiled loops ({instructions})" if instructions else "PyTorch's operations"
+
+
+def computed_on_this_cpu() -> dict[str, str]:
+    """Return family of compiled loops -> a phrase for what computes it on this CPU, where a job leaves the choice open.
+
+    The loops of tables, searches and codebooks are compiled for any CPU. Rows of tables are vectors of four values on
+    each.
+    """
+    cpu = torch.device("cpu")
+    of_search = instructions_for(cpu) or "no AVX2"
+    of_codebook = f"{of_search}, pairs of bfloat16 values" if PAIRS else of_search
+    return {
+        "attention": computed_by(cpu),
+        "experts and towers": computed_by(cpu),
+        "rows of tables": "compiled loops (vectors of four values)",
+        "searches of histories": f"compiled loops ({of_search})",
+        "codebooks": f"compiled loops ({of_codebook})",
+    }
 
 
 @cache

@@ -24,7 +24,7 @@ def _first_slot(id_: int, bits: int) -> Any:
     return np.int64((np.uint64(id_) * np.uint64(_GOLDEN)) >> np.uint64(64 - bits))
 
 
-@compiled(cpu_intrinsics, nogil=True)
+@compiled("finding unique ids", cpu_intrinsics, nogil=True)
 def find_unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the unique ids in order of first appearance, ``[unique]`` int64, and the place of each, ``[ids]`` int32.
 

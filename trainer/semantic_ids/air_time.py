@@ -87,7 +87,7 @@ def _whole(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.int64)
 
 
-@compiled(nogil=True)
+@compiled("finding segments on air", nogil=True)
 def _first_above(column: np.ndarray, first: int, stop: int, value: int) -> int:
     """Return the first place in ``[first, stop)`` whose value is above ``value``; ``stop`` if there is none."""
     while first < stop:
@@ -99,7 +99,7 @@ def _first_above(column: np.ndarray, first: int, stop: int, value: int) -> int:
     return first
 
 
-@compiled(nogil=True)
+@compiled("finding segments on air", nogil=True)
 def _find(
     rooms: np.ndarray,
     bounds: np.ndarray,
@@ -124,7 +124,7 @@ def _find(
             found[row] = place
 
 
-@compiled(nogil=True)
+@compiled("finding segments on air", nogil=True)
 def _overlap(
     rooms: np.ndarray,
     bounds: np.ndarray,

@@ -75,7 +75,7 @@ def magnitude_of(largest: float) -> int:
     return max(-60, exponent - 1 if mantissa == 0.5 else exponent)
 
 
-@compiled(nogil=True)
+@compiled("adding vectors", nogil=True)
 def _add_rows(sums: np.ndarray, codes: np.ndarray, values: np.ndarray, weights: np.ndarray, factor: float) -> None:
     """Add rows in fixed point on a CPU; the products with a power of two are exact."""
     for row in range(len(codes)):

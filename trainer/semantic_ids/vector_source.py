@@ -160,7 +160,7 @@ def hash_rows(vectors: np.ndarray) -> np.ndarray:
     return result
 
 
-@compiled(nogil=True)
+@compiled("hashing vectors", nogil=True)
 def _hash_words(words: np.ndarray, negative_zero: int, result: np.ndarray) -> None:
     """Hash rows of the bits of floating-point numbers: a multiplication and a shift for each number."""
     for row in range(len(words)):

@@ -18,7 +18,7 @@ RECENCY, FREQUENCY, BOTH = 0, 1, 2
 """Eviction policies."""
 
 
-@compiled()
+@compiled("the id maps of dynamic tables")
 def find(
     ids: np.ndarray, first: np.ndarray, last: np.ndarray, id_of: np.ndarray, seen: np.ndarray, row: np.ndarray
 ) -> None:
@@ -27,7 +27,7 @@ def find(
         row[i] = _place(ids[i], first[i], last[i], id_of, seen)
 
 
-@compiled()
+@compiled("the id maps of dynamic tables")
 def sight(ids: np.ndarray, first: np.ndarray, last: np.ndarray, step: int, served: Columns, row: np.ndarray) -> int:
     """Find rows as :func:`find` does and count a sighting of each row found; return the number of these rows.
 
@@ -45,7 +45,7 @@ def sight(ids: np.ndarray, first: np.ndarray, last: np.ndarray, step: int, serve
     return counted
 
 
-@compiled()
+@compiled("the id maps of dynamic tables")
 def admit(
     ids: np.ndarray,
     first: np.ndarray,
@@ -97,7 +97,7 @@ def admit(
     return evicted
 
 
-@compiled()
+@compiled("the id maps of dynamic tables")
 def _place(value: int, first: int, last: int, id_of: np.ndarray, seen: np.ndarray) -> int:
     """Return the place of an id in its bucket, -1 if it is not there."""
     for place in range(first, last):
@@ -106,7 +106,7 @@ def _place(value: int, first: int, last: int, id_of: np.ndarray, seen: np.ndarra
     return -1
 
 
-@compiled()
+@compiled("the id maps of dynamic tables")
 def _oldest(first: int, last: int, seen: np.ndarray) -> int:
     """Return the first of the places of a bucket that were seen least recently, or never."""
     oldest = first
@@ -116,7 +116,7 @@ def _oldest(first: int, last: int, seen: np.ndarray) -> int:
     return oldest
 
 
-@compiled()
+@compiled("the id maps of dynamic tables")
 def _row_for(count: int, first: int, last: int, step: int, policy: int, seen: np.ndarray, sightings: np.ndarray) -> int:
     """Return a free row, or else the row of the least valuable id.
 

@@ -17,8 +17,11 @@ from trainer.sparse.row_intrinsics import LANES, add_row, copy_row, train_adagra
 AHEAD = 24
 """Rows between a request to memory and its use."""
 
+WORK = "reading and training rows of tables"
+"""Work of all loops, for the message when they are compiled."""
 
-@compiled(cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
+
+@compiled(WORK, cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
 def read_rows(begin: int, end: int, numbers: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
     """Write row ``numbers[i]`` of ``values`` to row ``i`` of ``out``, for ``i`` in ``[begin, end)``."""
     base, target = np.intp(values.ctypes.data), np.intp(out.ctypes.data)
@@ -28,7 +31,7 @@ def read_rows(begin: int, end: int, numbers: np.ndarray, values: np.ndarray, out
         copy_row(np.uintp(base + numbers[i] * row_bytes), np.uintp(target + i * row_bytes), vectors)
 
 
-@compiled(cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
+@compiled(WORK, cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
 def add_rows(total: np.ndarray, places: np.ndarray, rows: np.ndarray, scale: float) -> None:
     """Add ``scale * rows[i]`` to ``total[places[i]]`` for every ``i``, in order.
 
@@ -46,7 +49,7 @@ def add_rows(total: np.ndarray, places: np.ndarray, rows: np.ndarray, scale: flo
         add_row(row, np.uintp(source + i * row_bytes), vectors, np.float32(scale))
 
 
-@compiled(cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
+@compiled(WORK, cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
 def sgd(
     begin: int,
     end: int,
@@ -78,7 +81,7 @@ def sgd(
         train_sgd(row, np.uintp(slope + i * row_bytes), vectors, np.float32(rate), np.float32(scale))
 
 
-@compiled(cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
+@compiled(WORK, cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
 def adagrad(
     begin: int,
     end: int,
@@ -102,7 +105,7 @@ def adagrad(
         train_adagrad(row, np.uintp(state + place), of_row, vectors, np.float32(rate), eps, np.float32(scale))
 
 
-@compiled(cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
+@compiled(WORK, cpu_intrinsics, cpu_kernels, row_intrinsics, nogil=True)
 def rowwise_adagrad(
     begin: int,
     end: int,

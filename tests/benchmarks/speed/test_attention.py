@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.speed import attention
+from benchmarks.speed import attention, attention_parts
 
 
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +32,26 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for row in result["one_history"]:
         least, most = row["forward_seconds"]["range"]
         assert 0 <= least <= row["forward_seconds"]["median"] <= most
+    kinds = ("multi_head", "twin", "din operations", *(["din loops"] if known else []))
+    assert [(row["lengths"], row["kind"]) for row in result["parts"]] == [
+        (lengths, kind) for lengths in ("full", "random") for kind in kinds
+    ]
+    for row in result["parts"]:
+        assert (row["shares"] is None) == (row["kind"] == "din loops")
+        for shares in (row["shares"] or {}).values():
+            assert 0 < shares["products"] < 1 and sum(shares.values()) == pytest.approx(1)
+
+
+def test_the_products_of_attention_are_counted() -> None:
+    sizes = attention_parts.KindSizes(query=8, parts=(3, 4, 5), longest=6, heads=2, head_dim=10, hidden=(9, 7))
+    rows, entry = 5, 3 + 4 + 5
+    calls = attention_parts.kinds_of_attention(sizes, torch.full((rows,), sizes.longest), loops=False)
+    found = {kind: attention_parts.operations_of(call) for kind, call in calls.items()}
+    of_heads = 2 * 10 * (8 + entry + entry) + 2 * 2 * sizes.longest * entry
+    assert found["multi_head"]["forward"] == 2 * rows * of_heads
+    # The cross features take no part in the projection of the candidate.
+    assert found["twin"]["forward"] == 2 * rows * (of_heads - 2 * 10 * 5)
+    assert found["multi_head"]["backward"] > found["twin"]["backward"] > found["multi_head"]["forward"]
 
 
 def test_ways_that_differ_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ class AuthorMeans:
         return np.take(self._vectors, rows, axis=0).astype(np.float32)
 
 
-@compiled(nogil=True)
+@compiled("the means of authors' segments", nogil=True)
 def _keep_sums(
     vectors: np.ndarray, restarts: np.ndarray, kept: np.ndarray, running: np.ndarray, sums: np.ndarray
 ) -> None:
@@ -96,7 +96,7 @@ def _keep_sums(
             running[column] += vectors[row, column]
 
 
-@compiled(nogil=True)
+@compiled("the means of authors' segments", nogil=True)
 def _mean_of_blocks(
     vectors: np.ndarray, rows: np.ndarray, count: np.ndarray, sums: np.ndarray, out: np.ndarray
 ) -> None:

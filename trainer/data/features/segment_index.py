@@ -192,7 +192,7 @@ def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return distinct, np.append(first, len(ids)).astype(np.int64)
 
 
-@compiled(nogil=True)
+@compiled("reading segments", nogil=True)
 def _first_not_below(column: np.ndarray, first: int, stop: int, value: int) -> int:
     """Return the first place in ``[first, stop)`` whose value is not below ``value``; ``stop`` if there is none."""
     while first < stop:
@@ -204,7 +204,7 @@ def _first_not_below(column: np.ndarray, first: int, stop: int, value: int) -> i
     return first
 
 
-@compiled(nogil=True)
+@compiled("reading segments", nogil=True)
 def _spans(
     authors: np.ndarray,
     bounds: np.ndarray,
@@ -223,7 +223,7 @@ def _spans(
             stop[row] = _first_not_below(known_ms, bounds[run], bounds[run + 1], as_of_ms[row] + 1)
 
 
-@compiled(nogil=True)
+@compiled("reading segments", nogil=True)
 def _first_on_air(
     rooms: np.ndarray, bounds: np.ndarray, starts: np.ndarray, room: int, begin_ms: int, length: int
 ) -> tuple[int, int]:
@@ -235,7 +235,7 @@ def _first_on_air(
     return _first_not_below(starts, bounds[run], bounds[run + 1], begin_ms - length + 1), bounds[run + 1]
 
 
-@compiled(nogil=True)
+@compiled("reading segments", nogil=True)
 def _chosen(
     starts: np.ndarray,
     known_ms: np.ndarray,
@@ -265,7 +265,7 @@ def _chosen(
     return chosen, later
 
 
-@compiled(nogil=True)
+@compiled("reading segments", nogil=True)
 def _on_air(
     rooms: np.ndarray,
     bounds: np.ndarray,
@@ -287,7 +287,7 @@ def _on_air(
         )
 
 
-@compiled(nogil=True)
+@compiled("reading segments", nogil=True)
 def _changes(
     rooms: np.ndarray,
     bounds: np.ndarray,
