@@ -154,14 +154,23 @@ def rendezvous_socket() -> socket.socket:
         raise UserError(f"MASTER_PORT={port}: {reason}; unset it to have a free one chosen") from None
 
 
+SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Variable that lets threads of PyTorch's operations sleep when an operation has ended.
+
+By default they look for the next operation for about a millisecond, on cores that the threads of the compiled loops
+need meanwhile: with two threads on two cores a ranker in fp32 trained 20 to 31 % fewer rows a second.
+"""
+
+
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """Return the present environment with the variables that torchrun sets for one of ``ranks`` on this machine.
 
-    OMP_NUM_THREADS is kept if it is set; otherwise the ranks share the cores evenly. A rank imports nothing from the
-    working directory.
+    OMP_NUM_THREADS is kept if it is set; otherwise the ranks share the cores evenly. So is OMP_WAIT_POLICY; otherwise
+    threads sleep. A rank imports nothing from the working directory.
     """
     return {
         "OMP_NUM_THREADS": str(max(1, available_cores() // ranks)),
+        **SLEEPING_THREADS,
         **safe_environment(os.environ),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

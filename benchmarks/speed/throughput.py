@@ -58,6 +58,7 @@ from benchmarks.speed.workload import (
     write_arrays,
     write_dataset,
 )
+from launch.local import SLEEPING_THREADS
 from launch.python_path import safe_environment
 from trainer.console.text_table import text_table
 from trainer.runtime.phase_timer import PHASES
@@ -130,6 +131,9 @@ def start(
     if python != sys.executable:
         # Its virtual environment finds its packages by itself, and none of ours.
         environment.pop("PYTHONPATH", None)
+    if not system.program:
+        # As `limelight train` starts its ranks. Peers keep their default, which is theirs to choose.
+        environment = {**SLEEPING_THREADS, **environment}
     subprocess.run(command, check=True, env={**environment, "OMP_NUM_THREADS": str(threads)})
     return out
 

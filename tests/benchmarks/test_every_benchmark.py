@@ -21,6 +21,7 @@ OTHER_RESULTS = {
     "mutants",
     "recipe_first",
     "recipe_small",
+    "throughput_easyrec",
 }
 """Results of `make chaos`, of `python -m tests.mutants`, and of other runs of LARM, of Cross, of all systems and of
 recipes."""

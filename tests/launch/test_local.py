@@ -110,6 +110,13 @@ def test_cores_are_shared_unless_threads_are_given(monkeypatch: pytest.MonkeyPat
     assert rank_environment(0, 2, 1)["OMP_NUM_THREADS"] == "5"
 
 
+def test_idle_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert rank_environment(0, 2, 1)["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert rank_environment(0, 2, 1)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_a_failing_rank_ends_the_others_and_has_the_last_word(launch: Launch, tmp_path: Path) -> None:
     body = """
 if rank == 1:
