@@ -344,6 +344,29 @@ def test_a_device_that_is_too_small_is_an_error_on_every_rank(own: int | None) -
     assert ("cuda:0 has 100 B free" if own else "host-2 (rank 1)") in str(error.value)
 
 
+@pytest.mark.parametrize("where", ["auto", "device"])
+def test_a_device_that_runs_out_of_memory_while_histories_are_copied(
+    dataset: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job(dataset, f"features.search.device={where}")
+    data = Dataset.open(str(dataset), "error")
+    features = features_for(config, data)
+    space, _ = random_space(config, features, 0)
+    world: Any = SimpleNamespace(rank=0, size=1, device=CPU)
+    monkeypatch.setattr(device_histories, "is_wanted", lambda *job: True)
+
+    def no_memory(*columns: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(device_histories.DeviceEntries, "write", no_memory)
+    unused: Any = None
+    if where == "auto":
+        assert open_device_histories(config, features, data.histories, space, world, unused) is None
+        return
+    with pytest.raises(UserError, match=r'"device": cpu ran out of memory while [\d,]+ visits and the .*; use "cpu"$'):
+        open_device_histories(config, features, data.histories, space, world, unused)
+
+
 @pytest.mark.parametrize("where", ["cpu", "auto"])
 def test_without_a_gpu_the_loader_searches(dataset: Path, where: str) -> None:
     unused: Any = None

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,15 @@ from tests.data.features.test_content_inputs import values_of
 from tests.data.features.test_feature_map import unpack_ids
 from tests.data.vector_tables import vectors_beside, write_vectors_of
 from tests.distributed.stream_ranks import JOB, SEARCHING
+from tests.ranking.test_device_histories import everything, fitted_for
 from trainer.config.load import parse_time
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.code_inputs import open_codes
 from trainer.data.features.content_inputs import open_reader
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
+from trainer.data.features.missing_inputs import MissingTally
+from trainer.data.format.dataset import Dataset
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import read_rows
@@ -35,6 +39,7 @@ from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.data.simulator.write_dataset import simulate
 from trainer.engine.hybrid_engine import HybridEngine, StepResult
 from trainer.rank import run_job
+from trainer.ranking.stream_train_loop import _StreamTrainer
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
@@ -285,3 +290,29 @@ def test_the_history_of_metrics_has_an_entry_every_few_steps_and_at_the_end(reco
         expected = [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in trace]
         # The last entry is made after the last checkpoint.
         assert points[: len(trace)] == expected and points[-1][0] == steps, name
+
+
+@pytest.mark.parametrize("policy", ["realtime", "fast_slow"])
+def test_a_gpu_gets_batches_in_page_locked_memory(dataset: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host would wait for copies of any other tensor."""
+    config = load_config("configs/moment.toml", [*JOB, f"labels.policy={policy}", f"data.path={dataset}"])
+    data = Dataset.open(str(dataset), "error")
+    features = FeatureMap(data.spec, config.features, fitted_for(config, data))
+    trainer: Any = object.__new__(_StreamTrainer)
+    trainer._stream = SimpleNamespace(features=features, histories=data.histories)
+    trainer._state, trainer._config, trainer._on_device = SimpleNamespace(space=None), config, None
+    trainer._world = SimpleNamespace(device=torch.device("cuda"))
+    trainer._beyond, trainer._missing = Counter(), MissingTally()
+    pinned: list[torch.Tensor] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    rows = {name: column[-20:] for name, column in read_rows(dataset, data.spec).items()}
+    batch = trainer._batch(rows | {"kind": np.arange(20) % 2 * SLOW})
+    assert (batch.slow is not None) == (policy == "fast_slow")
+    memory = {tensor.untyped_storage().data_ptr() for tensor in pinned}
+    for name, tensor in everything(batch).items():
+        assert not len(tensor) or tensor.untyped_storage().data_ptr() in memory, name

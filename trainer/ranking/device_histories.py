@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -221,16 +222,28 @@ def open_device_histories(
         engine: the model, whose memory comes first.
 
     Raises:
-        UserError: the job asks for searches on a GPU whose memory is too small.
+        UserError: the job asks for searches on a device whose memory is too small.
     """
     if space is None or not is_wanted(config, world):
         return None
     partitions = features.spec.partitions
     places = DevicePlaces(histories, partitions, partitions_of_rank(partitions, world.rank, world.size))
     needed = DeviceHistories.bytes_needed(features, places, space)
-    if memory_for(config, f"{places.entries:,} visits and the search vectors", needed, world, engine) is None:
+    what = f"{places.entries:,} visits and the search vectors"
+    if memory_for(config, what, needed, world, engine) is None:
         return None
-    return DeviceHistories(features, places, space, world.device)
+    with suppress(torch.OutOfMemoryError):
+        return DeviceHistories(features, places, space, world.device)
+    # A copy takes more memory for a moment, and so do visits whose segments change more often than once.
+    if config.features.search.device == "device":
+        raise UserError(
+            f'features.search.device = "device": {world.device} ran out of memory while {what} were copied to it; '
+            'use "cpu"'
+        )
+    logger.info(f"histories are searched by the loader: the GPU ran out of memory while {what} were copied to it")
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
 
 
 def is_wanted(config: JobConfig, world: World) -> bool:

@@ -202,7 +202,7 @@ def training_loader(
         position: of all partitions, to continue from; the start by default.
         space: search vectors of the histories.
         first_step: steps done up to ``position``; it selects the version of ``space`` for each batch.
-        left_to: device that makes the searches by dot product; None if the loader makes them.
+        left_to: places of the histories' entries on the device that makes all searches; None if the loader makes them.
     """
     reading = _reading(config, world)
     logger.info(f"{world.placement}; loader processes for this rank: {reading['workers']}")

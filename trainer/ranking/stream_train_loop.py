@@ -353,15 +353,18 @@ class _StreamTrainer:
         packed = stream.features.pack(rows, stream.histories, rows["request_ms"], searched)
         if space is not None:
             packed = replace(packed, version=space.newest)
-        if self._world.device.type == "cuda":
+        on_gpu = self._world.device.type == "cuda"
+        if on_gpu:
             # Copies from pageable memory would wait for the device.
             packed = packed.pin_memory()
         self._beyond.update(packed.beyond)
         self._missing.add(packed.missing)
         batch = unpack(packed, stream.features.layout, {})
-        # The fast-slow policy has a loss of its own for slow rows.
-        slow = rows["kind"] == SLOW
-        return replace(batch, slow=torch.from_numpy(slow)) if self._config.labels.policy == "fast_slow" else batch
+        if self._config.labels.policy != "fast_slow":
+            return batch
+        # This policy has a loss of its own for slow rows.
+        slow = torch.from_numpy(rows["kind"] == SLOW)
+        return replace(batch, slow=slow.pin_memory() if on_gpu else slow)
 
 
 def _split(rows: Rows, cuts: np.ndarray) -> list[Rows]:

@@ -100,8 +100,7 @@ class Loader:
         space: search vectors, for features that need them.
         first_step: number of steps done before the step of the first batch, from which the version of the search
             vectors of each batch follows; None uses the newest version for all batches.
-        left_to: places of the histories' entries on the device that makes the searches by dot product; None if the
-            loader makes them.
+        left_to: places of the histories' entries on the device that makes all searches; None if the loader makes them.
 
     Raises:
         UserError: there are more ranks than partitions, the position does not fit, the index cannot be read, or too
