@@ -48,8 +48,10 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.behaviours import behaviour_probabilities, log_odds, weights_of
 from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
+from trainer.data.simulator.content import LIVE, VECTOR_SPREAD
 from trainer.data.simulator.lookahead import add_appeal, mean_appeal
-from trainer.data.simulator.user_days import ROW
+from trainer.data.simulator.population import DIM
+from trainer.data.simulator.user_days import ROW, SUBSPACES
 from trainer.data.simulator.world import make_world
 
 DRAWS = 64
@@ -218,6 +220,8 @@ def expected_probabilities(
         weights[:, TOPIC_TASTE] = 0
         shift += np.einsum("ktn,ndt->knd", weights, users - inputs.user_traits().T[:, None])
         taste = users[..., TOPIC_TASTE].reshape(n * draws, -1)
+    if traits is not None and users is not None:
+        shift += _shift_of_both(inputs, traits, users)
     shows = content or true_content(world, shown.item, shown.time_ms)
     topic, intensity = (
         np.broadcast_to(values, (len(values), n, draws)).reshape(len(values), -1)
@@ -238,4 +242,26 @@ def expected_probabilities(
         logits += shift.reshape(len(BEHAVIOURS), -1)
         marginal = behaviour_probabilities(logits, allowed).marginal
         found += weight * marginal.reshape(len(BEHAVIOURS), n, draws).mean(axis=2, dtype=np.float64)
+    return found
+
+
+def _shift_of_both(inputs: VisitInputs, traits: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Return what other rooms and other users change together in the log-odds, ``[behaviours, n, draws]`` float32.
+
+    Tastes are products of both. They are linear in the traits of each, but the weights of one are traits of the other:
+    the weights that are used are those of the true other one. Their sum lacks the product of the two changes.
+
+    Args:
+        inputs: of the live visits.
+        traits: ``[n, draws, ROOM_TRAITS]`` standardised traits of the rooms.
+        users: ``[n, draws, USER_TRAITS]`` traits of the users.
+    """
+    slopes = weights_of(inputs.world.config.conflict)[inputs.context].transpose(1, 2, 0)
+    of_rooms = VECTOR_SPREAD * (traits - inputs.room_traits().T[:, None])
+    live = slice(LIVE * DIM, (LIVE + 1) * DIM)
+    of_users = users[..., live] - inputs.user_traits()[live].T[:, None]
+    found = np.zeros((len(BEHAVIOURS), *traits.shape[:2]), np.float32)
+    for name, part, scale in SUBSPACES:
+        product = scale * np.einsum("ndt,ndt->nd", of_users[..., part], of_rooms[..., part])
+        found += slopes[:, ROW[name], :, None] * product
     return found

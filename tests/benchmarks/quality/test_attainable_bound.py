@@ -24,6 +24,7 @@ from benchmarks.quality.attainable_bound import (
 )
 from benchmarks.quality.hidden_state import (
     ROOM_TRAITS,
+    USER_TRAITS,
     SimulatedLog,
     draw_content,
     log_likelihood,
@@ -78,6 +79,34 @@ def test_it_is_the_truth_if_nothing_is_hidden(log: SimulatedLog, rows: np.ndarra
     match = (log.world.items.genre[inputs.shown.item] == log.columns["mood"][rows]).astype(np.float64)
     sure = expected_probabilities(inputs, match, inputs.room_traits().T[:, None], None, inputs.user_traits().T[:, None])
     assert np.allclose(sure, found, atol=1e-5)
+
+
+def test_what_is_hidden_changes_nothing(log: SimulatedLog, rows: np.ndarray) -> None:
+    """The same beliefs give the same probabilities, whatever the users, rooms, segments and moods are in truth."""
+    rng, rows = np.random.default_rng(1), rows[:200]
+    users, items = log.world.users, log.world.items
+
+    def changed(part: Any, names: tuple[str, ...]) -> Any:
+        values = {name: getattr(part, name) for name in names}
+        return replace(part, **{name: old + rng.standard_normal(old.shape, np.float32) for name, old in values.items()})
+
+    other = copy.copy(log)
+    shows = replace(
+        changed(items, ("vector", "quality", "bait")),
+        topic=rng.permutation(items.topic),
+        intensity=rng.random(len(items.intensity), np.float32),
+    )
+    hidden = ("vector", "category_interest", "topic_taste", "trait", "novelty")
+    other.world = replace(log.world, users=changed(users, hidden), items=shows)
+    other.columns = log.columns | {"mood": rng.permutation(log.columns["mood"])}
+    one, two = log.inputs(rows), other.inputs(rows)
+    draws, mood = 8, rng.random(len(rows))
+    rooms = rng.standard_normal((len(rows), draws, ROOM_TRAITS), np.float32)
+    believed = one.user_traits().T[:, None] + rng.standard_normal((len(rows), draws, USER_TRAITS), np.float32)
+    content = draw_content(log.world, one.shown.item, one.shown.time_ms, draws, rng)
+    found = [expected_probabilities(inputs, mood, rooms, content, believed) for inputs in (one, two)]
+    assert not np.allclose(one.logits(), two.logits(), atol=1)
+    assert np.allclose(*found, atol=1e-4)
 
 
 def test_what_happened_is_as_likely_as_the_branches_of_the_visit(log: SimulatedLog, rows: np.ndarray) -> None:
