@@ -29,6 +29,7 @@ from tests.paths import ROOT
 from tests.stream.event_logs import random_events, store
 from trainer.checkpoint.reader import Checkpoint
 from trainer.config.stream import LabelConfig, StreamConfig
+from trainer.data.features.device_listings import AuthorListing, OwnEntries
 from trainer.data.features.id_map import IdMap
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable
 from trainer.data.format.content_vectors import ContentVectors
@@ -36,6 +37,8 @@ from trainer.data.importers.published_vectors import write_title_vectors
 from trainer.data.importers.staytime_spill import StaytimeSpill, write_staytimes
 from trainer.data.simulator.write_dataset import simulate
 from trainer.metrics.behaviour_metrics import BehaviourMetrics
+from trainer.ranking import device_entries
+from trainer.ranking.device_vectors import DeviceVectors
 from trainer.ranking.row_mapping import RangeMap
 from trainer.ranking.search_refresh import write_content_version
 from trainer.ranking.warm_start import _fill
@@ -185,9 +188,28 @@ def scored(dataset: Path, tmp_path: Path) -> Any:
         return scoring.score_candidates(model, "", candidates).to_pydict()
 
 
+def places_by_author(dataset: Path, tmp_path: Path) -> Any:
+    runs, authors = np.array([[5, 9, 9], [9, 9, 15]]), np.array([3, 1, 3, 1, 2, 2, 0, 2, 0, 1])
+    listing = AuthorListing([OwnEntries(5, runs - 5, authors, np.arange(10, dtype=np.int32), np.zeros(10, np.int32))])
+    return np.concatenate(list(listing.places())).tolist()
+
+
+def moved_entries(dataset: Path, tmp_path: Path) -> Any:
+    moves = np.array([[0, 4, 9, 2], [20, 14, 10, 30], [2, 5, 1, 2]])
+    parts = [(total, torch.from_numpy(part)) for total, part in device_entries._parts(moves)]
+    return device_entries._moved(torch.arange(20), 40, parts, afresh=False).tolist()
+
+
+def device_vectors(dataset: Path, tmp_path: Path) -> Any:
+    reader: Any = SimpleNamespace(vectors=np.arange(20, dtype=np.float32).reshape(10, 2))
+    layout, places = SimpleNamespace(name="items"), SimpleNamespace(read=lambda: iter(()))
+    return DeviceVectors(layout, reader, places, torch.device("cpu"))._table.tolist()  # type: ignore[arg-type]
+
+
 SIZES: dict[str, Callable[[Path, Path], Any]] = {
     "benchmarks.speed.shortlists:_CHUNK_ROWS": codes,
     "modules.embeddings:_CHUNK": initial_rows,
+    "trainer.data.features.device_listings:CHUNK_ENTRIES": places_by_author,
     "trainer.data.format.content_vectors:_CHUNK_ROWS": vector_parts,
     "trainer.data.format.content_vectors:_CHUNK_BYTES": vector_parts,
     "trainer.data.importers.published_vectors:_BLOCK": title_vectors,
@@ -197,6 +219,8 @@ SIZES: dict[str, Callable[[Path, Path], Any]] = {
     "trainer.data.simulator.factors:VISITS_AT_ONCE": factors_of_world,
     "trainer.data.simulator.texts:SEGMENTS_AT_ONCE": keys_of_texts,
     "trainer.metrics.behaviour_metrics:_CHUNK_ROWS": metrics,
+    "trainer.ranking.device_entries:CHUNK_ENTRIES": moved_entries,
+    "trainer.ranking.device_vectors:_ROWS_AT_ONCE": device_vectors,
     "trainer.ranking.search_refresh:_CHUNK_ROWS": content_space,
     "trainer.ranking.warm_start:_ROWS_AT_ONCE": copied_rows,
     "trainer.runtime.checksums:_CHUNK_BYTES": checksum,

@@ -1,8 +1,8 @@
 """Change one setting of the default ranker's recipe at a time, and measure what it adds in a simulated world.
 
-    world="--users 3000 --days 10 --partitions 8 --seed 1 --segment-vectors"
-    limelight data simulate data/recipe $world
-    limelight data simulate data/recipe-videos $world --video-rows
+    limelight data simulate data/recipe --users 3000 --days 10 --partitions 8 --seed 1 --segment-vectors
+    limelight data simulate data/recipe-videos --users 3000 --days 10 --partitions 8 --seed 1 --segment-vectors \
+        --video-rows
     python -m benchmarks.quality.recipe --data data/recipe --videos data/recipe-videos --work runs/recipe \
         --out benchmarks/results/recipe.json
 

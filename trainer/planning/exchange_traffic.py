@@ -142,7 +142,8 @@ def exchange_bytes(traffic: RankTraffic, world: int, *, overlap: bool, deduplica
     belong to the network's activations.
 
     Without deduplication no sums are needed, and the received rows are the inputs, unless the table is cut by rows and
-    they are sorted once more. On one rank nothing is sent or received.
+    they are sorted once more. On one rank nothing is sent or received, and with deduplication each place reads its row
+    from the table, so there are the inputs and the sums of the gradients only.
 
     Args:
         traffic: exchange of this rank.
@@ -151,9 +152,11 @@ def exchange_bytes(traffic: RankTraffic, world: int, *, overlap: bool, deduplica
         deduplicate: each id is sent once.
     """
     of_ids = ID * (traffic.ids + 2 * traffic.distinct + traffic.served) + deduplicate * PLACE * traffic.ids
+    if deduplicate and world == 1:
+        return (1 + overlap) * of_ids + traffic.read_bytes + traffic.own_bytes
     of_rows = 2 * traffic.served_bytes
     if deduplicate:
-        of_rows += traffic.read_bytes + (3 if world > 1 else 1) * traffic.own_bytes
+        of_rows += traffic.read_bytes + 3 * traffic.own_bytes
     elif world > 1:
         of_rows += traffic.read_bytes + traffic.own_bytes + traffic.sorted_bytes
     return (1 + overlap) * of_ids + of_rows

@@ -141,7 +141,9 @@ def run(mode: str, data: Path, out: Path) -> None:
     rank, own = dist.get_rank(), facts["batch"] // dist.get_world_size()
     model, optimizer = sharded_model(mode, pipeline_config(facts), device, own)
     parts = {
-        part: {name: torch.from_numpy(array) for name, array in np.load(data / f"{part}.npz").items()}
+        part: {
+            name: torch.from_numpy(array) for name, array in np.load(data / f"{part}.npz", allow_pickle=False).items()
+        }
         for part in ("train", "held_out")
     }
     rows = len(parts["train"]["label"])
