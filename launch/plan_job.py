@@ -60,10 +60,14 @@ def plan_job(
     assert isinstance(job, FinetuneConfig)
     from trainer.planning.language_model_plan import plan_finetune
 
-    if rows:
-        raise UserError(f"--rows {next(iter(rows))}: a fine-tuning job has no tables")
-    if count:
-        raise UserError("--count-ids: a fine-tuning job has no tables")
+    for option, given in (
+        (f"--rows {next(iter(rows), '')}", bool(rows)),
+        ("--count-ids", count),
+        ("--distinct", distinct is not None),
+        ("--zipf", zipf is not None),
+    ):
+        if given:
+            raise UserError(f"{option}: a fine-tuning job has no tables")
     return plan_finetune(job, cluster, assumed, answers)
 
 

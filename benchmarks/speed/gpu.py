@@ -7,8 +7,8 @@
 
 Each step is a process of its own, so that an error on the device, or a hang, ends that step alone. The result is
 written after each step. A step says which package or device it lacks, and the next one goes on. The steps need nothing
-but this project and the packages that ``pyproject.toml`` names; ``benchmarks/speed/gpu_steps.py`` and
-``gpu_stream_steps.py`` describe each.
+but this project and the packages that ``pyproject.toml`` names; ``gpu_steps.py``, ``gpu_network_steps.py``,
+``gpu_job_steps.py`` and ``gpu_stream_steps.py`` beside this file describe each.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import make_parser, write_result
-from benchmarks.speed import gpu_steps, gpu_stream_steps
+from benchmarks.speed import gpu_job_steps, gpu_network_steps, gpu_steps, gpu_stream_steps
 from benchmarks.speed.gpu_steps import Missing
 from launch.python_path import safe_environment
 from trainer.runtime.files import write_json
 
-STEPS = gpu_steps.STEPS | gpu_stream_steps.STEPS
+STEPS = gpu_steps.STEPS | gpu_network_steps.STEPS | gpu_job_steps.STEPS | gpu_stream_steps.STEPS
 """Name -> step, in order of value."""
 
 MINUTES = 10.0

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.speed.gpu_steps import Parts, Step, device, on_both_devices, searched_model, synchronize, waits_of
+from benchmarks.speed.gpu_job_steps import on_both_devices
+from benchmarks.speed.gpu_steps import Parts, Step, device, searched_model, synchronize, waits_of
 
 
 def stream_searches(small: bool) -> Parts:

@@ -35,7 +35,7 @@ from tests.device_waits import Waits
 from tests.paths import ROOT, files_of_their_owner_alone
 from tests.runtime.recorded_mlflow import RecordedRun
 from trainer.comment_staytime import model as staytime_model
-from trainer.comment_staytime.evaluation import evaluate, read_truth, train_and_evaluate
+from trainer.comment_staytime.evaluation import evaluate, fitted_values, read_truth, train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
 from trainer.comment_staytime.model import (
     Labels,
@@ -457,6 +457,31 @@ def test_bad_tables_are_told_in_one_line(
     with pytest.raises(UserError, match=expected) as caught:
         load(job(copy(name, change)))
     assert "\n" not in str(caught.value)
+
+
+def test_an_excluded_feature_is_no_input(world: Path) -> None:
+    whole = load(job(world, "lcu.enabled=false"))
+    # An id, and a side feature.
+    for name in ("user_id", "duration_band"):
+        assert name in whole.field_names
+        left = load(job(world, "lcu.enabled=false", f"input.exclude=['{name}']"))
+        assert left.field_names == tuple(other for other in whole.field_names if other != name)
+        assert left.fields.shape == (len(whole.fields), len(left.field_names)) and left.rows < whole.rows
+
+
+def test_tags_of_videos_are_read_for_past_watch_times_only(copy: Callable[..., Path], world: Path) -> None:
+    untagged = copy("items", lambda table: table.drop_columns(["tag"]))
+    found, whole = (load(job(path, "lcu.enabled=false")) for path in (untagged, world))
+    np.testing.assert_array_equal(found.dense, whole.dense)
+    with pytest.raises(UserError, match=r"column 'tag' is missing"):
+        load(job(untagged, "lcu.enabled=false", "input.past_watch=1"))
+
+
+def test_the_share_of_opened_areas_is_that_of_the_training_visits(world: Path) -> None:
+    data = load(job(world, "lcu.enabled=false"))
+    opened = [seconds > 0 for seconds in data.seconds[data.training].tolist()]
+    assert 0 < sum(opened) < len(opened)
+    assert fitted_values(data, {})["opened_in_training"] == pytest.approx(sum(opened) / len(opened))
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,17 @@ def test_the_features_are_those_of_a_plain_loop(seed: int, last: int) -> None:
     np.testing.assert_allclose(found, [plain(log, row, last) for row in range(150)], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("seconds", "loops"), [(0.0, 0.0), (25.0, 2.5), (30.0, 3.0), (600.0, 3.0)])
+def test_a_video_that_is_looped_counts_as_three_loops_at_most(seconds: float, loops: float) -> None:
+    log = Log(1, visits=2)
+    log.user, log.author, log.tag = (np.zeros(2, int) for _ in range(3))
+    log.request, log.duration = np.array([0, 10]), np.full(2, 10.0)
+    log.watch = WatchTimes(np.array([seconds, 1.0]), np.array([1, 20]), np.ones(2, bool))
+    log.training, log.until = np.array([0]), 5
+    # The prior is this one visit, too.
+    assert log.features()[1, PAST_WATCH_FEATURES.index("past_watch_share")] == loops
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nothing_known_at_or_after_a_request_is_looked_at(seed: int) -> None:
     """Other watch times and ends of all visits that end at a moment or later, within what was known then."""

@@ -29,14 +29,18 @@ def test_other_jobs_are_refused_with_the_command_that_they_are_for() -> None:
         plan_job("configs/quantize.toml", [], describe_cluster("cpu", 1, 1), **OPTIONS)
 
 
-def test_a_fine_tuning_job_has_no_tables() -> None:
-    with pytest.raises(UserError, match=r"^--rows item: a fine-tuning job has no tables$"):
-        plan_job("configs/qwen2_7b_lora.toml", [], describe_cluster("cpu", 1, 1), **{**OPTIONS, "rows": {"item": 5}})
-
-
-def test_a_fine_tuning_job_has_no_ids_to_count() -> None:
-    with pytest.raises(UserError, match=r"^--count-ids: a fine-tuning job has no tables$"):
-        plan_job("configs/qwen2_7b_lora.toml", [], describe_cluster("cpu", 1, 1), **{**OPTIONS, "count": True})
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"rows": {"item": 5}}, "--rows item"),
+        ({"count": True}, "--count-ids"),
+        ({"distinct": 0.5}, "--distinct"),
+        ({"zipf": 0.0}, "--zipf"),
+    ],
+)
+def test_a_fine_tuning_job_has_no_tables(given: dict[str, Any], option: str) -> None:
+    with pytest.raises(UserError, match=f"^{option}: a fine-tuning job has no tables$"):
+        plan_job("configs/qwen2_7b_lora.toml", [], describe_cluster("cpu", 1, 1), **{**OPTIONS, **given})
 
 
 def test_the_files_of_a_plan_replace_earlier_ones(tmp_path: Path) -> None:

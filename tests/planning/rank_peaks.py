@@ -70,7 +70,7 @@ def train(config: JobConfig, world: World, scratch: Path) -> Any:
     space = make_space(config, features)
     assert space is not None
     SearchSpaceRefresher(space, config, features, engine, world).begin()
-    on_device = open_device_histories(config, features, data.histories, space, world)
+    on_device = open_device_histories(config, features, data.histories, space, world, engine)
     assert on_device is not None
     engine.complete = on_device.complete
     loader = training_loader(

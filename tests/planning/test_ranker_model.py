@@ -54,8 +54,9 @@ def test_ids_by_zipfs_law_are_fewer_and_fall_on_the_first_rows_of_ordered_tables
         assert skewed[table].distinct < even[table].distinct and skewed[table].ids == even[table].ids
     assert skewed["author"].spread.between(0, 0.1) > 0.2 > skewed["item"].spread.between(0, 0.1)
     assert skewed["side"] == even["side"]
-    sent = model.table_ids(1000, 1.0, deduplicate=False)
-    assert all(of_table.distinct == of_table.ids for of_table in sent.values())
+    for distinct in (None, 0.1):
+        sent = model.table_ids(1000, 1.0, distinct, deduplicate=False)
+        assert all(of_table.distinct == of_table.ids for of_table in sent.values())
 
 
 def test_micro_batches_need_less_memory_and_bfloat16_too() -> None:

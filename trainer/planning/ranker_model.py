@@ -85,7 +85,7 @@ class RankerModel:
             distinct: share of distinct ids among the ids of a step; None: as independent draws have it, and never more
                 than even ones.
             zipf: exponent of the law by which users, authors and items are drawn; None: evenly.
-            deduplicate: each id is sent once.
+            deduplicate: each id is sent once; else all ids are sent, whatever share of them is distinct.
         """
         counts = {table.name: 0.0 for table in self.tables}
         for lookup in self.features.lookups:
@@ -98,8 +98,11 @@ class RankerModel:
                 sent, spread = zipf_ids(ids, population, zipf, deduplicate=deduplicate, ordered=ordered)
                 found[table.name] = TableIds(ids, sent, spread)
                 continue
-            most = expected_distinct(ids, population) if deduplicate else ids
-            found[table.name] = TableIds(ids, most if distinct is None else min(most, distinct * ids))
+            sent = ids
+            if deduplicate:
+                most = expected_distinct(ids, population)
+                sent = most if distinct is None else min(most, distinct * ids)
+            found[table.name] = TableIds(ids, sent)
         return found
 
     def _population(self, table: Table) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import gpu, gpu_steps, gpu_stream_steps
+from benchmarks.speed import gpu, gpu_network_steps, gpu_steps, gpu_stream_steps
 from benchmarks.speed.gpu_steps import Missing, Step
 
 
@@ -70,7 +70,7 @@ def test_the_device_finds_the_entries_of_histories_that_grow() -> None:
 
 def test_attention_of_packed_samples_is_the_same_by_a_dense_mask_and_by_blocks() -> None:
     found: dict[str, Any] = {}
-    for part in gpu_steps.packed_attention(small=True):
+    for part in gpu_network_steps.packed_attention(small=True):
         found |= part
     assert found["attention, dense mask"]["largest_difference"] == 0
     assert set(found) == {"attention, dense mask", "attention, variable lengths", "attention, blocks"}
