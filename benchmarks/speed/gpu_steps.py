@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from trainer.data.features.feature_map import FeatureMap
     from trainer.data.features.search_vectors import SearchSpace
     from trainer.data.format.dataset import Dataset
+    from trainer.data.loading.batch import RankingBatch
 
 Parts = Iterator[dict[str, Any]]
 
@@ -67,6 +68,42 @@ def seconds_of(work: Callable[[], object], repeats: int) -> float:
         synchronize()
         best = min(best, time.perf_counter() - begin)
     return best
+
+
+class Stopwatch:
+    """Seconds of works by name, with the device idle before and after each.
+
+    Args:
+        names: names of the works.
+
+    Attributes:
+        seconds: name -> seconds of each run.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """Return the result of a work whose time is taken."""
+        synchronize()
+        begin = time.perf_counter()
+        result = work()
+        synchronize()
+        self.seconds[name].append(time.perf_counter() - begin)
+        return result
+
+    def fastest(self) -> dict[str, float]:
+        """Return name -> seconds of the fastest run."""
+        return {name: min(of_work) for name, of_work in self.seconds.items()}
+
+
+def count_differing_ids(found: RankingBatch, expected: RankingBatch) -> int:
+    """Return how many ids and lengths of two batches of the same rows differ; ``found`` may be on the device."""
+    return sum(
+        int((getattr(ours, part)().cpu() != getattr(theirs, part)()).sum())
+        for ours, theirs in zip(found.ids, expected.ids, strict=True)
+        for part in ("values", "lengths")
+    )
 
 
 def tests(small: bool) -> Parts:
@@ -163,32 +200,22 @@ def device_searches(small: bool) -> Parts:
             iter(Loader(data.store, data.histories, features, rank=0, world=1, batch_size=rows, seed=1, **options))
             for options in ({"space": space}, {"space": space, "left_to": places})
         ]
-        seconds: dict[str, list[float]] = {"loader": [], "loader without searches": [], "device": []}
+        watch = Stopwatch("loader", "loader without searches", "device")
         differing, waits = 0, None
 
-        def timed(name: str, work: Callable[[], Any]) -> Any:
-            synchronize()
-            begin = time.perf_counter()
-            result = work()
-            synchronize()
-            seconds[name].append(time.perf_counter() - begin)
-            return result
-
         for _ in range(steps):
-            whole = timed("loader", lambda: next(loaders[0], None))
-            left = timed("loader without searches", lambda: next(loaders[1], None))
+            whole = watch.run("loader", lambda: next(loaders[0], None))
+            left = watch.run("loader without searches", lambda: next(loaders[1], None))
             if whole is None or left is None:
                 break
             there = left.to(device())
-            found = timed("device", partial(on_device.complete, there))
+            found = watch.run("device", partial(on_device.complete, there))
             waits = waits_of(partial(on_device.complete, there))
-            for ours, theirs in zip(found.ids, whole.ids, strict=True):
-                differing += int((ours.values().cpu() != theirs.values()).sum())
-                differing += int((ours.lengths().cpu() != theirs.lengths()).sum())
+            differing += count_differing_ids(found, whole)
         yield {
-            **{"rows of a batch": rows, "batches": len(seconds["device"]), "ids_that_differ": differing},
-            **{"waits": waits, "seconds_of_first_batch_on_device": seconds["device"][0]},
-            "seconds_of_a_batch": {name: min(of_part) for name, of_part in seconds.items()},
+            **{"rows of a batch": rows, "batches": len(watch.seconds["device"]), "ids_that_differ": differing},
+            **{"waits": waits, "seconds_of_first_batch_on_device": watch.seconds["device"][0]},
+            "seconds_of_a_batch": watch.fastest(),
         }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed.gpu_job_steps import on_both_devices
-from benchmarks.speed.gpu_steps import Parts, Step, device, searched_model, synchronize, waits_of
+from benchmarks.speed.gpu_steps import (
+    Parts,
+    Step,
+    Stopwatch,
+    count_differing_ids,
+    device,
+    searched_model,
+    waits_of,
+)
 
 
 def stream_searches(small: bool) -> Parts:
@@ -49,18 +55,10 @@ def stream_searches(small: bool) -> Parts:
         engine: Any = SimpleNamespace(allocate=lambda: 0, copy_stream=stream)
         copy = open_growing_histories(config, features, histories, space, world, engine)
         assert copy is not None
-        seconds: dict[str, list[float]] = {"update": [], "host": [], "host without searches": [], "device": []}
-
-        def timed(name: str, work: Callable[[], Any]) -> Any:
-            synchronize()
-            begin = time.perf_counter()
-            result = work()
-            synchronize()
-            seconds[name].append(time.perf_counter() - begin)
-            return result
-
-        timed("update", copy.update)
-        yield {"visits at first": int(histories.lengths()[1].sum()), "seconds of first copy": seconds["update"].pop()}
+        watch = Stopwatch("update", "host", "host without searches", "device")
+        watch.run("update", copy.update)
+        first_copy = watch.seconds["update"].pop()
+        yield {"visits at first": int(histories.lengths()[1].sum()), "seconds of first copy": first_copy}
         differing = 0
         waits: dict[str, int | None] = {"update": None, "device": None}
         times = np.linspace(since, end, portions + 1).astype(np.int64).tolist()
@@ -71,7 +69,7 @@ def stream_searches(small: bool) -> Parts:
                 # The last one is counted, and not timed.
                 waits["update"] = waits_of(copy.update)
             else:
-                timed("update", copy.update)
+                watch.run("update", copy.update)
             asked = np.flatnonzero((rows["request_ms"] >= begin) & (rows["request_ms"] < until))[:size]
             of_batch = {name: column[asked] for name, column in rows.items()}
 
@@ -79,19 +77,17 @@ def stream_searches(small: bool) -> Parts:
                 return features.pack(of_batch, histories, of_batch["request_ms"], searched)
 
             whole, left = (
-                unpack(replace(timed(name, partial(pack, searched)), version=0), features.layout, {})
+                unpack(replace(watch.run(name, partial(pack, searched)), version=0), features.layout, {})
                 for name, searched in (("host", space.at(0)), ("host without searches", copy.places))
             )
             there = left.to(device())
-            found = timed("device", partial(copy.complete, there))
+            found = watch.run("device", partial(copy.complete, there))
             waits["device"] = waits_of(partial(copy.complete, there))
-            for ours, theirs in zip(found.ids, whole.ids, strict=True):
-                differing += int((ours.values().cpu() != theirs.values()).sum())
-                differing += int((ours.lengths().cpu() != theirs.lengths()).sum())
+            differing += count_differing_ids(found, whole)
         yield {
             **{"rows of a batch": size, "batches": portions, "ids_that_differ": differing, "waits": waits},
             **{"visits at last": int(histories.lengths()[1].sum()), "places at last": histories.places},
-            "seconds": {name: min(of_part) for name, of_part in seconds.items()},
+            "seconds": watch.fastest(),
         }
 
 

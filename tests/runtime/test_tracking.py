@@ -73,13 +73,15 @@ def test_the_reason_is_that_of_the_rank_that_failed_first(
     assert status is not None and runs[0].ends == [(status.state, status.reason)] == [("failed", "rank 1: no space")]
 
 
+def refuse(*words: object) -> None:
+    """Fail as a store does whose disk is full."""
+    raise UserError("run.mlflow = 'store': no space")
+
+
 def test_a_store_that_fails_while_the_job_runs_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs = RecordedRun.in_place_of_mlflow(monkeypatch)
-
-    def refuse(*words: object) -> None:
-        raise UserError("run.mlflow = 'store': no space")
 
     with tracked(tmp_path, TARGET):
         writer = open_scalars(tmp_path / "tensorboard", 0)
@@ -107,9 +109,6 @@ def test_a_baseline_that_cannot_be_opened_is_a_warning_and_the_job_itself_an_err
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs = RecordedRun.in_place_of_mlflow(monkeypatch)
-
-    def refuse(*words: object) -> None:
-        raise UserError("run.mlflow = 'store': no space")
 
     with tracked(tmp_path, TARGET):
         with monkeypatch.context() as full:

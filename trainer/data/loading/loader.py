@@ -271,7 +271,7 @@ class _BatchMaker(Dataset):
         self._as_of_limit_ms, self._frozen, self._space = as_of_limit_ms, frozen_statistics, space
         self._left_to = left_to
         self._copy: SearchCopy | None = None
-        """What a worker process reads in place of the shared vectors."""
+        """Copy of the shared vectors that a worker process reads in their place; None before its first batch."""
 
     def prepare(self) -> None:
         """Do the shared work before the worker processes are forked."""
