@@ -70,7 +70,7 @@ def seconds_of(work: Callable[[], object], repeats: int) -> float:
     return best
 
 
-class Stopwatch:
+class DeviceStopwatch:
     """Seconds of works by name, with the device idle before and after each.
 
     Args:
@@ -200,7 +200,7 @@ def device_searches(small: bool) -> Parts:
             iter(Loader(data.store, data.histories, features, rank=0, world=1, batch_size=rows, seed=1, **options))
             for options in ({"space": space}, {"space": space, "left_to": places})
         ]
-        watch = Stopwatch("loader", "loader without searches", "device")
+        watch = DeviceStopwatch("loader", "loader without searches", "device")
         differing, waits = 0, None
 
         for _ in range(steps):

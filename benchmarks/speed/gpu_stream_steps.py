@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks.speed.gpu_job_steps import on_both_devices
 from benchmarks.speed.gpu_steps import (
+    DeviceStopwatch,
     Parts,
     Step,
-    Stopwatch,
     count_differing_ids,
     device,
     searched_model,
@@ -55,7 +55,7 @@ def stream_searches(small: bool) -> Parts:
         engine: Any = SimpleNamespace(allocate=lambda: 0, copy_stream=stream)
         copy = open_growing_histories(config, features, histories, space, world, engine)
         assert copy is not None
-        watch = Stopwatch("update", "host", "host without searches", "device")
+        watch = DeviceStopwatch("update", "host", "host without searches", "device")
         watch.run("update", copy.update)
         first_copy = watch.seconds["update"].pop()
         yield {"visits at first": int(histories.lengths()[1].sum()), "seconds of first copy": first_copy}
